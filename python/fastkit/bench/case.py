@@ -1,0 +1,39 @@
+"""What a benchmark is about: one shape of one op, and who competes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Call = Callable[[], Any]
+
+
+class Skip(Exception):
+    """Why a contestant has no ratio."""
+
+
+class Contest(Protocol):
+    """The contestants of a case, on inputs that are drawn when the first of them is made."""
+
+    @property
+    def makers(self) -> Mapping[str, Callable[[], Call]]:
+        """Label -> what makes a call that is ready to be timed, or raises Skip. Ours comes first."""
+        ...
+
+    def error(self, result: Any) -> float:
+        """How far a call's result is from float64, relative to its size."""
+        ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op, in one direction. It travels to child processes: ``contest`` must pickle."""
+
+    op: str
+    shape: str
+    direction: Literal["fwd", "fwd+bwd"]
+    floor_bytes: int  # the least to read and write
+    contest: Callable[[], Contest]
+    warm: bool = False  # the shape fits the caches, and is timed from warm ones
+    tolerance: float = 1e-4  # of the error

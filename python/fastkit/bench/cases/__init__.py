@@ -1,0 +1,1 @@
+"""The shapes of each op, and who competes there."""

@@ -1,0 +1,196 @@
+"""What the child processes of a benchmark do: check contestants, and time them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+
+from fastkit.bench.case import Call, Case, Contest, Skip
+
+AGAIN = "again"  # the label of the A/A row: our contestant a second time
+
+
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 40
+    seconds: float = 30.0  # for the timed calls of one contestant: a slow one gets fewer rounds
+    longest_call: float = 8.0  # what is slower than that is not timed
+    longest_build: float = 60.0  # to make (perhaps compile) a contestant and to check it
+    copy_bytes: int = 512 << 20  # of each of the two arrays whose copy gives the rate
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a contestant's first calls show."""
+
+    error: float
+    build_s: float
+    call_s: float
+    extra_bytes: int  # the peak during a call, above what was there before it
+    clones: float  # the time of a call, in clones of a tensor that move the floor's bytes
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of one case."""
+
+    copy_gb_s: list[float]
+    call_s: dict[str, list[float]]  # of the first rounds: a slow contestant has fewer
+    threads: int
+    load: float
+
+
+def serve(descriptor: int) -> None:
+    """The child's main: receives (work, jobs, settings), sends what ``work`` yields for each job."""
+    with Connection(descriptor) as connection:
+        work, jobs, settings = connection.recv()
+        connection.send("ready")
+        for result in work(jobs, settings):
+            connection.send(result)
+
+
+def check(jobs: Iterable[tuple[Case, str]], settings: Settings) -> Iterator[Check | Skip]:
+    """Makes and checks each (case, label); the jobs of a case, being neighbours, share its inputs."""
+    for case, group in groupby(jobs, key=lambda job: job[0]):
+        contest = case.contest()
+        clone = torch.ones(case.floor_bytes // 8).clone  # reads and writes the floor's bytes
+        for _, label in group:
+            try:
+                yield _check(contest, label, clone)
+            except Exception as error:
+                yield _skip(error)
+
+
+def _check(contest: Contest, label: str, clone: Call) -> Check:
+    start = time.perf_counter()
+    call = contest.makers[label]()
+    build_s = time.perf_counter() - start
+    clone_s = _measured(clone).seconds
+    call_s, extra_bytes, result = _measured(call)
+    error = contest.error(result)
+    del result
+    if call_s < 0.2:  # the first call may also have started threads
+        again = [(_measured(clone).seconds, *_measured(call)[:2]) for _ in range(3)]
+        clone_s, call_s, extra_bytes = (statistics.median(column) for column in zip(*again, strict=True))
+    return Check(error, build_s, call_s, int(extra_bytes), call_s / clone_s)
+
+
+def rounds(jobs: Sequence[tuple[Case, Mapping[str, Check]]], settings: Settings) -> Iterator[Rounds | Skip]:
+    """The rounds of each case, with the contestants that have passed: a copy, then all in random order."""
+    elements = settings.copy_bytes // 4
+    source, target = torch.ones(elements), torch.ones(elements)
+    # Touch, and free, what the hungriest needs: a contestant that is called once has no call to warm up.
+    torch.ones(max((c.extra_bytes for _, checks in jobs for c in checks.values()), default=0) // 4)
+    for case, checks in jobs:
+        try:
+            yield _rounds(case, checks, settings, lambda: target.copy_(source))
+        except Exception as error:
+            yield _skip(error)
+
+
+def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, copy: Call) -> Rounds:
+    load = os.getloadavg()[0]
+    contest = case.contest()
+    ours = next(iter(contest.makers))
+    calls = {label: contest.makers[ours if label == AGAIN else label]() for label in checks}
+    call_s = {label: check.call_s for label, check in checks.items()}
+    for label, seconds in call_s.items():
+        if seconds < settings.seconds / 2:  # warms up, and shows the seconds without fresh pages
+            call_s[label] = _seconds(calls[label])
+    planned = {label: rounds_of(case, seconds, settings) for label, seconds in call_s.items()}
+    copy()
+
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    rates = []
+    shuffle = random.Random(0).shuffle
+    for i in range(max(planned.values(), default=0)):
+        rates.append(2 * settings.copy_bytes / _seconds(copy) / 1e9)
+        labels = [label for label in calls if i < planned[label]]
+        shuffle(labels)
+        # The slow ones last: the copy speaks for what comes soon after it.
+        for label in sorted(labels, key=lambda label: planned[label] < settings.rounds):
+            timer = _warm_seconds if _is_warm(case, call_s[label]) else _seconds
+            times[label].append(timer(calls[label]))
+    return Rounds(rates, times, torch.get_num_threads(), load)
+
+
+def rounds_of(case: Case, call_s: float, settings: Settings) -> int:
+    """How many rounds a contestant of ``call_s`` seconds a call takes part in."""
+    calls = 5 if _is_warm(case, call_s) else 1
+    return max(1, min(settings.rounds, int(settings.seconds / (calls * call_s))))
+
+
+def _is_warm(case: Case, call_s: float) -> bool:
+    return case.warm and call_s < 0.1  # a longer call does not notice what the caches held
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    result = call()
+    stop = time.perf_counter()
+    del result  # freeing it is not the call's work
+    return stop - start
+
+
+def _warm_seconds(call: Call) -> float:
+    """Of a call whose data are in the caches: two calls bring them there."""
+    for _ in range(2):
+        call()
+    return statistics.median(_seconds(call) for _ in range(3))
+
+
+def _skip(error: Exception) -> Skip:
+    if isinstance(error, Skip):
+        return error
+    first_line = str(error).strip().split("\n")[0]
+    return Skip(f"{type(error).__name__}: {first_line}")
+
+
+class _Measured(NamedTuple):
+    seconds: float
+    extra_bytes: int
+    result: Any
+
+
+def _measured(call: Call) -> _Measured:
+    """One call: its seconds, its peak memory above what is there before it, its result."""
+    gc.collect()
+    before = _start_of_peak()
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return _Measured(seconds, max(0, _peak() - before), result)
+
+
+def _start_of_peak() -> int:
+    """Resets the peak of the resident memory where the system can; returns what it is now, in bytes."""
+    if not sys.platform.startswith("linux"):
+        return _peak()
+    with suppress(AttributeError):  # musl has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)  # else a call would reuse what others have freed
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as clear_refs:
+        clear_refs.write("5")
+    return _peak()
+
+
+def _peak() -> int:
+    """The peak of the resident memory, in bytes."""
+    if sys.platform.startswith("linux"):
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -1,0 +1,3 @@
+"""Drop-in torch.nn modules over fastkit.ops."""
+
+from fastkit.nn.adaptive_iir import AdaptiveIIR as AdaptiveIIR

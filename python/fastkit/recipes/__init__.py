@@ -1,0 +1,1 @@
+"""Published experiments, each run by one command on real data."""

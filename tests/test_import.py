@@ -1,0 +1,56 @@
+"""Importing fastkit is cheap and does nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.native
+
+
+def fresh_process(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("module", ["fastkit", "fastkit.ops", "fastkit.nn", "fastkit.info"])
+def test_import_brings_nothing_but_torch(module):
+    """No triton, no transformers, nothing that torch has not loaded, and not a word."""
+    before = "import json, sys, torch; before = set(sys.modules)"
+    after = "new = {name.split('.')[0] for name in set(sys.modules) - before}"
+    done = fresh_process(f"{before}; import {module}; {after}; print(json.dumps(sorted(new)))")
+    assert done.stderr == ""
+    [output] = done.stdout.splitlines()
+    assert set(json.loads(output)) - sys.stdlib_module_names - {"torch"} == {"fastkit"}
+
+
+def test_import_does_not_touch_cuda():
+    """Not even to ask for a device, which would make a context in the parent of a fork."""
+    fresh_process("""if True:
+        import torch
+
+        def refuse(*args):
+            raise AssertionError("CUDA was initialised")
+
+        torch.cuda._lazy_init = torch._C._cuda_init = torch.cuda.current_device = refuse
+        import fastkit.ops, fastkit.nn
+        assert not torch.cuda.is_initialized()
+        """)
+
+
+def test_import_costs_less_than_50_ms_over_torch():
+    """The best of up to five processes: others may hold the machine, none can make it faster."""
+    script = """if True:
+        import time, torch
+        start = time.perf_counter()
+        import fastkit.ops
+        print(1000 * (time.perf_counter() - start))
+        """
+    best = float("inf")
+    for _ in range(5):
+        best = min(best, float(fresh_process(script).stdout))
+        if best < 50:
+            return
+    raise AssertionError(f"import fastkit.ops takes {best:.0f} ms")
