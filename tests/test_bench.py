@@ -4,7 +4,6 @@ import csv
 import os
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -199,6 +198,17 @@ def test_every_form_of_iir_scan_agrees_and_a_wrong_one_does_not(view, backward):
                 assert not contest.error((*results[:i], wrong, *results[i + 1 :])) <= case.tolerance
 
 
+def test_torch_compile_is_skipped_where_it_cannot_compile(tmp_path, monkeypatch):
+    make = iir_scan.case(1, 1, 32, chunk=32).contest().makers["compiled"]
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(Skip, match=r"Python\.h"):
+        make()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("shutil.which", lambda command: None)
+    with pytest.raises(Skip, match=r"C\+\+ compiler"):
+        make()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset elsewhere")
 def test_the_peak_memory_of_a_call_is_its_own():
     """64 MiB for a moment, although a larger call came before."""
@@ -241,7 +251,7 @@ def test_the_demo_measures_trains_and_writes_its_files(tmp_path, monkeypatch, ca
     train = demo.train_digits
     monkeypatch.setattr(demo, "train_digits", lambda **_: train(seeds=(0,), epochs=1))
 
-    assert demo.main(Namespace(out=tmp_path / "out", quick=True)) == 0
+    assert demo.main(tmp_path / "out", quick=True) == 0
     output = capfd.readouterr()
     assert "x floor" in output.out and "without it" in output.out
     assert "it/s" not in output.err  # not a terminal: no bars
@@ -257,7 +267,7 @@ def test_the_demo_measures_trains_and_writes_its_files(tmp_path, monkeypatch, ca
 
 def test_the_demo_names_the_extra_that_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda module: None if module == "sklearn" else True)
-    assert demo.main(Namespace(out=tmp_path / "out", quick=True)) == 1
+    assert demo.main(tmp_path / "out", quick=True) == 1
     message = "demo: scikit-learn not found; install with pip install 'fastkit[recipes]'\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -25,17 +24,11 @@ _SETTINGS = Settings(seconds=1.5, longest_call=4.0)
 _QUICK = Settings(rounds=10, seconds=0.5, longest_call=1.0)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("fastkit-demo"), help="folder for demo.csv and demo.png"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="only shapes that fit the caches, no torch.compile, one seed"
-    )
+def main(out: Path, *, quick: bool = False) -> int:
+    """Prints tables, writes demo.csv and demo.png into ``out``; returns the exit code.
 
-
-def main(args: Namespace) -> int:
-    """Prints tables, writes demo.csv and demo.png; about two minutes and the time to compile."""
+    ``quick``: only shapes that fit the caches, nothing compiled, one seed.
+    """
     needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
@@ -46,19 +39,18 @@ def main(args: Namespace) -> int:
         return 1
     from tqdm import tqdm
 
-    out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     print(info.describe(info.report()))
     print(_LEGEND)
     rows = run(
-        iir_scan.cases(time=4096, quick=args.quick),
-        _QUICK if args.quick else _SETTINGS,
+        iir_scan.cases(time=4096, quick=quick),
+        _QUICK if quick else _SETTINGS,
         progress=partial(tqdm, disable=None),
     )
     print(report.table(rows))
     report.write_csv(rows, out / "demo.csv")
 
-    curves = train_digits(seeds=(0,), epochs=5) if args.quick else train_digits()
+    curves = train_digits(seeds=(0,), epochs=5) if quick else train_digits()
     print()
     print(_accuracies(curves))
     _write_png(rows, curves, out / "demo.png")
