@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import pad
 
 from fastkit import _native, reference
+from fastkit._autograd import Function
 from fastkit._dispatch import Impl, Kernels, choose
 
 KERNELS: Kernels = {"cpu": (torch.float32, torch.float64)}
