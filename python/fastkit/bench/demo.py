@@ -20,7 +20,7 @@ from fastkit.recipes.focus import Curve, train_digits
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
-_SETTINGS = Settings(seconds=1.5, longest_call=4.0)
+_SETTINGS = Settings(rounds=20, seconds=0.7, longest_call=3.0)
 _QUICK = Settings(rounds=10, seconds=0.5, longest_call=1.0)
 
 
