@@ -190,7 +190,7 @@ class Backward {
       Vec<T> ga1 = sum_.get(kA1, c), ga2 = sum_.get(kA2, c);
       Vec<T> gb0 = sum_.get(kB0, c), gb1 = sum_.get(kB1, c), gb2 = sum_.get(kB2, c);
       const T *gy = gy0 + c, *x = x0_ + c, *y = y0_ + c;
-      T* gx = gx0 + c;
+      T* gx = kWrite ? gx0 + c : nullptr;
       int64_t now = last;
       auto before = [&](const T* signal, int64_t stride, int lag) __attribute__((always_inline)) {
         return kInside || now - lag >= first ? access.get(signal - lag * stride) : Vec<T>{};
@@ -204,6 +204,7 @@ class Backward {
         if constexpr (kWrite) {
           access.put(gx, kNumerator ? b0 * l + r1 : l);
           r1 = r2 + b1 * l, r2 = b2 * l;
+          gx -= dgx;
         }
         if (access.streams) prefetch(gy - kAhead * dg);
         if constexpr (kSum) {
@@ -218,7 +219,7 @@ class Backward {
           x0 = x1, x1 = x2;
           if (access.streams) prefetch(x - kAhead * dx);
         }
-        gy -= dg, x -= dx, y -= dy, gx -= dgx, --now;
+        gy -= dg, x -= dx, y -= dy, --now;
       };
       if constexpr (kInside) {
 #pragma GCC unroll 4

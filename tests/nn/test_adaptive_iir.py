@@ -238,6 +238,13 @@ def test_bfloat16_module(adaptive):
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
+def test_meta_device_gives_the_shape(adaptive):
+    with torch.device("meta"):
+        x = torch.empty(2, 40, 3)
+        assert layer(adaptive=adaptive)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
 def test_empty_batch(adaptive):
     x = torch.randn(0, 50, 3, requires_grad=True)
     y = layer(adaptive=adaptive)(x)

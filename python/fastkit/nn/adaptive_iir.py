@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 from typing import Literal
 
@@ -151,7 +152,9 @@ class AdaptiveIIR(nn.Module):
     def coefficients(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B|1, C, K, F, 2)
         """The (a1, a2) that ``forward`` filters x with; K is 1 where one filter runs through all of T."""
         chunks = -(-x.shape[1] // self.chunk)
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        autocasts = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if autocasts else nullcontext():
             if not self.adaptive:
                 a = self._activate(self.logits)[None, :, None]
                 return a if self.carry else a.expand(-1, -1, chunks, -1, -1)

@@ -30,11 +30,10 @@ if _native.REASON is None:
         needs_x: bool, needs_coefficients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         rows = (x.shape[0], x.shape[1], a.shape[2])
-        none = x.new_empty(0)
         return (
-            torch.empty_like(x) if needs_x else none,
-            a.new_empty((*rows, 2)) if needs_coefficients else none,
-            a.new_empty((*rows, 3)) if needs_coefficients and b is not None else x.new_empty(0),
+            torch.empty_like(x) if needs_x else x.new_empty(0),
+            a.new_empty((*rows, 2) if needs_coefficients else 0),
+            a.new_empty((*rows, 3) if needs_coefficients and b is not None else 0),
         )
 
 
@@ -174,7 +173,7 @@ class _ScanBackward(Function):
         gy, x, y, a, b = ctx.saved_tensors
         vx, va, vb = grad_outputs
         chunk, carry = ctx.chunk, ctx.carry
-        no_poles = torch.zeros_like(a[:1, :1, :1]).expand(1, 1, a.shape[2], 2)  # A = 1: only b acts
+        no_poles = a.new_zeros(1, 1, 1, 2).expand(1, 1, a.shape[2], 2)  # A = 1: only b acts
 
         def fir(taps: Tensor, u: Tensor) -> Tensor:
             return _Scan.apply(u, no_poles, taps, chunk, carry)
