@@ -13,6 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "python" / "fastkit"
@@ -71,30 +72,43 @@ class BuildNative(build_ext):
         torch_root = find_torch()
         if torch_root is None:
             raise SystemExit("fastkit: no torch to build against; install one or set FASTKIT_TORCH_ROOT")
-        inplace = self.inplace or self.editable_mode
-        output = PACKAGE if inplace else Path(self.build_lib).resolve() / "fastkit"
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if cmake is None or ninja is None:
+            raise SystemExit("fastkit: the build needs cmake and ninja; pip install cmake ninja")
         options = {
             "FASTKIT_TORCH_ROOT": torch_root.resolve(),
             "FASTKIT_VERSION": version(),
             "FASTKIT_CUDA": os.environ.get("FASTKIT_CUDA", "AUTO"),
-            "FASTKIT_OUTPUT_DIR": output,
             "FASTKIT_HOST_TESTS": "ON" if self.wants_host_tests() else "OFF",
         }
         if archs := os.environ.get("FASTKIT_CUDA_ARCHS"):
             options["FASTKIT_CUDA_ARCHS"] = archs
-        key = hashlib.sha256(repr((sorted(options.items()), sys.executable)).encode()).hexdigest()[:12]
+        # Every combination has a folder of its own, library included: CMake keeps what it found at first.
+        tools = [
+            os.environ.get(name) for name in ("CC", "CXX", "CUDACXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
+        ]
+        facts = (sorted(options.items()), sys.executable, tools, shutil.which("nvcc"))
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+        folder = ROOT / "build" / f"cmake-{key}"
+        options["FASTKIT_OUTPUT_DIR"] = folder / "fastkit"
         # These may live in a build environment that is gone at the next install: named every time.
-        options["CMAKE_MAKE_PROGRAM"] = shutil.which("ninja")
+        options["CMAKE_MAKE_PROGRAM"] = ninja
         if options["FASTKIT_HOST_TESTS"] == "ON":
             import pybind11
 
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
             options["Python_EXECUTABLE"] = sys.executable
-        folder = ROOT / "build" / f"cmake-{key}"
         defines = [f"-D{name}={value}" for name, value in options.items()]
         environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()), **os.environ}
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True)
-        subprocess.run(["cmake", "--build", folder], check=True, env=environment)
+        subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True)
+        subprocess.run([cmake, "--build", folder], check=True, env=environment)
+        inplace = self.inplace or self.editable_mode
+        package = PACKAGE if inplace else Path(self.build_lib) / "fastkit"
+        package.mkdir(parents=True, exist_ok=True)
+        for library in (folder / "fastkit").glob("*.so"):
+            # Removed, not overwritten: a process may have the old file mapped.
+            (package / library.name).unlink(missing_ok=True)
+            shutil.copy2(library, package / library.name)
 
     def wants_host_tests(self) -> bool:
         wanted = self.editable_mode or os.environ.get("FASTKIT_HOST_TESTS") == "1"
@@ -102,6 +116,15 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
+
+
+class CleanPython(build_py):
+    """Copies the modules that there are; setuptools would keep those that have been deleted since."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "fastkit", ignore_errors=True)
+        super().run()
 
 
 class PlatformWheel(bdist_wheel):
@@ -113,6 +136,6 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("fastkit._C", sources=[])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_py": CleanPython, "build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     setup_requires=build_requirements(),
 )

@@ -6,7 +6,6 @@
 
 #include <string>
 
-#include "common/check.h"
 #include "common/isa.h"
 #include "fastkit/device.h"
 
@@ -16,7 +15,7 @@ std::string quoted(const char* text) { return '"' + std::string(text) + '"'; }
 
 // What this library is, as JSON; python/fastkit/_native.py refuses a library that does not fit the package.
 std::string build_info() {
-  FASTKIT_CHECK(fastkit::isa_refusal() == nullptr, fastkit::isa_refusal());
+  const char* refusal = fastkit::isa_refusal();
   std::string isas;
   for (fastkit::Isa isa : fastkit::kIsas) {
     if (fastkit::isa_usable(isa)) isas += (isas.empty() ? "" : ", ") + quoted(fastkit::isa_name(isa));
@@ -25,7 +24,8 @@ std::string build_info() {
   return "{\"version\": " + quoted(FASTKIT_VERSION) + ", \"schema_sha256\": " + quoted(FASTKIT_SCHEMA_SHA256) +
          ", \"compiler\": " + quoted(FASTKIT_COMPILER) + ", \"torch_target\": \"2.10\", \"cuda\": " +
          (cuda.empty() ? "null" : quoted(cuda.c_str())) + ", \"cuda_archs\": " + quoted(FASTKIT_CUDA_ARCHS) +
-         ", \"cpu_isas\": [" + isas + "], \"cpu_isa\": " + quoted(fastkit::isa_name(fastkit::active_isa())) + "}";
+         ", \"cpu_isas\": [" + isas + "], \"cpu_isa\": " + quoted(fastkit::isa_name(fastkit::active_isa())) +
+         ", \"refusal\": " + (refusal == nullptr ? "null" : quoted(refusal)) + "}";
 }
 
 }  // namespace

@@ -39,24 +39,43 @@ def test_only_cuda_on_insists_on_nvcc(tmp_path, wanted):
     assert ("FASTKIT_CUDA=ON needs nvcc" in message) == (wanted == "ON")
 
 
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the checkout, never built."""
+    ignored = shutil.ignore_patterns(".git", "build", ".venv*", "*.so", "*.egg-info", "__pycache__")
+    return shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
+
+
+def install(tree, target, **environment):
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, tree]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return target / "fastkit"
+
+
 @pytest.mark.slow
-def test_installing_twice_in_one_tree_works_when_the_build_tools_have_moved(tmp_path):
+def test_installing_twice_in_one_tree_works_when_the_build_tools_have_moved(tree, tmp_path):
     """pip's isolated build brings a ninja of its own, which is gone at the next install."""
-    tree = tmp_path / "tree"
-    shutil.copytree(
-        ROOT, tree, ignore=shutil.ignore_patterns(".git", "build", ".venv*", "*.so", "*.egg-info", "out")
-    )
     for attempt in ("first", "second"):
         tools = tmp_path / attempt
         tools.mkdir()
         (tools / "ninja").symlink_to(shutil.which("ninja"))
         path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "FASTKIT_CUDA": "OFF"}
-        target = tmp_path / f"site-{attempt}"
-        command = [
-            sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, tree,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert (target / "fastkit" / "_C.so").is_file()
+        package = install(tree, tmp_path / f"site-{attempt}", PATH=path, FASTKIT_CUDA="OFF")
+        assert (package / "_C.so").is_file()
         (tools / "ninja").unlink()
+
+
+@pytest.mark.slow
+def test_a_build_holds_what_was_asked_for_whatever_was_built_before(tree, tmp_path):
+    """Options that return find their own library, and modules that are gone stay gone."""
+    (tree / "python" / "fastkit" / "gone.py").touch()
+    first = install(tree, tmp_path / "first", FASTKIT_CUDA="OFF")
+    assert (first / "gone.py").is_file()
+    (tree / "python" / "fastkit" / "gone.py").unlink()
+    other = install(tree, tmp_path / "other", FASTKIT_CUDA="AUTO")
+    again = install(tree, tmp_path / "again", FASTKIT_CUDA="OFF")
+    assert not (again / "gone.py").exists()
+    assert (again / "_C.so").read_bytes() == (first / "_C.so").read_bytes()
+    if shutil.which("nvcc"):
+        assert (other / "_C.so").read_bytes() != (first / "_C.so").read_bytes()

@@ -255,6 +255,15 @@ def test_opcheck(native, layout, numerator):
         opcheck(backward, (gy, x, y, a, b, 4, False, needs_x, needs_coefficients))
 
 
+def test_raw_ops_refuse_tensors_of_two_devices(native):
+    """One on the meta device takes the call to the fake implementation, which computes nothing."""
+    x, a, b, gy = make_inputs(Size(2, 3, 9, 4))
+    with pytest.raises(RuntimeError, match="iir_scan: tensors must be on one device, got cpu, meta"):
+        torch.ops.fastkit.iir_scan_fwd(x, a.to("meta"), b, 4, True)
+    with pytest.raises(RuntimeError, match="iir_scan: tensors must be on one device, got cpu, meta"):
+        torch.ops.fastkit.iir_scan_bwd(gy.to("meta"), x, x, a, b, 4, True, True, True)
+
+
 # Compilation
 
 

@@ -91,6 +91,17 @@ def test_a_library_that_does_not_say_what_it_is(library_that_says, schema, facts
     assert REBUILD in reason
 
 
+def test_an_instruction_set_that_does_not_exist_is_the_reason_not_the_build():
+    script = "import json; from fastkit import _native; print(json.dumps(_native.REASON))"
+    if _native.REASON is not None:
+        pytest.skip(_native.REASON)
+    environment = {**os.environ, "FASTKIT_CPU_ISA": "neon"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert json.loads(done.stdout) == (
+        "FASTKIT_CPU_ISA must be baseline, avx2 or avx512; unset it for the best that the CPU has"
+    )
+
+
 def package_copy(folder):
     """The package without its library, under ``folder``; the path at which it looks for one."""
     package = Path(fastkit.__file__).parent

@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> iir_scan_bwd(const Tensor& gy, const Tensor& 
   };
   Tensor ga = gradient(needs_coefficients, 2), gb = gradient(needs_coefficients && b, 3);
 
-  const Tensor like = needs_x ? gx : empty_like(x);
+  const Tensor& like = needs_x ? gx : y;
   const Layout layout(like);
   const Tensor out = needs_x ? layout.writable(gx) : gx;
   const Tensor gy_in = layout.readable(gy, like), x_in = layout.readable(x, like), y_in = layout.readable(y, like);

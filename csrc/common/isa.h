@@ -14,6 +14,10 @@ const char* isa_refusal();  // null, or what is wrong with FASTKIT_CPU_ISA; then
 
 }  // namespace fastkit
 
+// For functions of headers that every ISA compiles: were one not inlined, the linker would keep a single copy, perhaps
+// that of an instruction set which the CPU does not have.
+#define FASTKIT_ALWAYS_INLINE inline __attribute__((always_inline))
+
 // FASTKIT_TABLE(Kernels, kernels) declares the tables that the per-ISA copies of a kernel file define, and
 // kernels(isa), the one to use.
 #ifdef FASTKIT_X86

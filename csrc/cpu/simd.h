@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
+
 #ifdef FASTKIT_X86
 #include <immintrin.h>
 #endif
@@ -52,7 +54,7 @@ struct VectorOf<double> {
 template <class T>
 using Vec = typename VectorOf<T>::type;
 
-#define FASTKIT_INLINE static inline __attribute__((always_inline))
+#define FASTKIT_INLINE static FASTKIT_ALWAYS_INLINE
 
 template <class T>
 FASTKIT_INLINE Vec<T> load(const T* p) {
@@ -78,11 +80,6 @@ FASTKIT_INLINE void store(T* p, Vec<T> v, int64_t n) {
   for (int i = 0; i < kLanes<T>; ++i) {
     if (i < n) p[i] = v[i];
   }
-}
-
-template <class T>
-FASTKIT_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};  // value - 0 is value for every value, -0 included
 }
 
 // Past the caches; p on a vector's boundary.

@@ -33,6 +33,8 @@ def _load(library: Path, schema: Path) -> tuple[dict[str, Any], str | None]:
     except Exception as error:  # a foreign or broken file: whatever is wrong with it is the reason
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         return {}, f"{library} could not be loaded ({type(error).__name__}: {first_line}); {cure}"
+    if refusal := facts.get("refusal"):  # of a setting, which no other build would mend
+        return {}, refusal
     if in_checkout:
         if schema_sha256 != hashlib.sha256(schema.read_bytes()).hexdigest():
             return {}, f"{library} is stale: it was built from another csrc/schema.cpp; {cure}"

@@ -18,7 +18,7 @@ struct Signal {
   T* data = nullptr;
   int64_t batch = 0, channel = 0, time = 0;
 
-  T* at(int64_t b, int64_t c) const { return data + b * batch + c * channel; }
+  FASTKIT_ALWAYS_INLINE T* at(int64_t b, int64_t c) const { return data + b * batch + c * channel; }
 };
 
 // A (B, C, K, taps) array of coefficients; strides in elements, 0 where the array is broadcast.
@@ -27,7 +27,7 @@ struct Coefficients {
   const T* data = nullptr;
   int64_t batch = 0, channel = 0, chunk = 0, tap = 0;
 
-  const T* at(int64_t b, int64_t c) const { return data + b * batch + c * channel; }
+  FASTKIT_ALWAYS_INLINE const T* at(int64_t b, int64_t c) const { return data + b * batch + c * channel; }
 };
 
 template <class T>
@@ -73,7 +73,7 @@ struct IirScanKernels {
   IirScanFunctions<double> f64;
 
   template <class T>
-  const IirScanFunctions<T>& of() const {
+  FASTKIT_ALWAYS_INLINE const IirScanFunctions<T>& of() const {
     if constexpr (sizeof(T) == 4) {
       return f32;
     } else {

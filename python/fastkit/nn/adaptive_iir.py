@@ -40,7 +40,7 @@ class AdaptiveIIR(nn.Module):
         parameterization: how v = (v1, v2) gives the coefficients. With s the sigmoid, and s and tanh kept
             2^-20 away from 1, which float32 reaches at v = 17 and 9:
 
-            - ``"sigmoid"``: a1 = s(v1), a2 = s(v2); the paper's. It raises high frequencies, never low ones.
+            - ``"sigmoid"``: a1 = s(v1), a2 = s(v2); the paper's. Its poles have a negative real part.
             - ``"triangle"``: a2 = tanh v2, a1 = (1 + a2) tanh v1; every stable filter.
             - ``"polar"``: a1 = -2 r cos w, a2 = r^2 with r = s(v1), w = pi s(v2): the poles are r exp(+-i w).
             - ``"l1"``: a1, a2 = (tanh v1 +- tanh v2) / 2; all with |a1| + |a2| < 1 (formula: our choice).
@@ -61,10 +61,10 @@ class AdaptiveIIR(nn.Module):
     hidden units with a mean square of 1/4. ``mlp.0.weight``: Xavier. Biases: 0, ``logits``: N(0, 1) (our
     choice).
 
-    Numerics: coefficients are computed in float32 (float64 in a float64 module), with autocast off; the
-    result has the dtype of x. All but ``raw`` are stable inside a chunk, so with ``carry=False`` the result
-    is bounded. With ``carry=True`` each switch between stable filters can add energy; only ``l1`` stays
-    bounded then, and the others warn.
+    Numerics: autocast is off for the coefficients; the MLP runs in the dtype of its parameters, what follows
+    it in float32 or float64. The result has the dtype of x. All but ``raw`` are stable inside a chunk, so
+    with ``carry=False`` the result is bounded. With ``carry=True`` each switch between stable filters can
+    add energy: only ``l1`` stays bounded then, and ``sigmoid``, ``triangle`` and ``polar`` warn.
 
     Source: Lutati, Zimerman, Wolf, "Focus Your Attention (with Adaptive IIR Filters)", EMNLP 2023, eq. 1-8,
     without the global convolution before the pooling, and with H itself where eq. 6 has its conjugate, which

@@ -22,6 +22,7 @@ if _native.REASON is None:
 
     @torch.library.register_fake("fastkit::iir_scan_fwd")
     def _(x: Tensor, a: Tensor, b: Tensor | None, chunk: int, carry: bool) -> Tensor:
+        _check_fake(x, a, b)
         return torch.empty_like(x)
 
     @torch.library.register_fake("fastkit::iir_scan_bwd")
@@ -29,12 +30,19 @@ if _native.REASON is None:
         gy: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor | None, chunk: int, carry: bool,
         needs_x: bool, needs_coefficients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        _check_fake(x, gy, y, a, b)
         rows = (x.shape[0], x.shape[1], a.shape[2])
         return (
             torch.empty_like(x) if needs_x else x.new_empty(0),
             a.new_empty((*rows, 2) if needs_coefficients else 0),
             a.new_empty((*rows, 3) if needs_coefficients and b is not None else 0),
         )
+
+    def _check_fake(x: Tensor, *others: Tensor | None) -> None:
+        # One argument on the meta device is enough for the dispatcher to come here.
+        for other in others:
+            if other is not None and other.device != x.device:
+                raise RuntimeError(f"iir_scan: tensors must be on one device, got {x.device}, {other.device}")
 
 
 def iir_scan(
@@ -75,22 +83,26 @@ def iir_scan(
         do not write to it in place.
 
     Raises:
-        ValueError: a shape, ``chunk`` or a pole (with ``check_stable``) is not as above.
-        TypeError: an argument is no dense tensor, or a dtype is not as above.
-        RuntimeError: ``impl`` cannot run here, or tensors are on different devices.
+        ValueError: a shape, ``chunk``, the name ``impl`` or a pole (with ``check_stable``) is not as above.
+        TypeError: an argument is no dense tensor, or its type or dtype is not as above.
+        RuntimeError: ``impl`` cannot run here, tensors are on different devices, or ``check_stable`` is asked
+            for while compiling.
 
-    Numerics: arithmetic in the dtype of the coefficients; coefficient gradients are summed in float32 over at
-    most 128 samples and in float64 beyond. Subnormal numbers are flushed to zero on x86. A rounding error is
-    filtered like a sample: ``|error| <= 4 eps |A^-1| (|B| |x| + |A - 1| |y|)`` with the absolute impulse
-    responses, which the tests check. Unstable filters are computed, and overflow to inf. A NaN stays in its
-    row, and with ``carry=False`` in its chunk.
+    Numerics: arithmetic in the dtype of the coefficients; the coefficient gradients of a row are summed in
+    float32 over at most 128 samples and in float64 beyond. Subnormal numbers are flushed to zero on x86. A
+    rounding error is filtered like a sample: ``|error| <= 4 eps |A^-1| (|B| |x| + |A - 1| |y|)`` with the
+    absolute impulse responses, which the tests check. Unstable filters are computed: they overflow to inf,
+    and then to NaN. A NaN stays in its row, and with ``carry=False`` in its chunk.
 
     Support: gradients of any order to x, a and b (``torch.compile`` keeps the first only: PyTorch drops
     second-order terms of compiled functions), ``torch.func.grad``, ``torch.compile(fullgraph=True)``,
-    autocast (x is left as it is, half-precision coefficients become float32), deterministic.
+    autocast (x is left as it is, half-precision coefficients become float32), deterministic. Forward-mode
+    differentiation and ``torch.vmap`` are refused.
 
     Memory and work: 8 bytes and 5 multiply-adds a float32 sample forward, 16 bytes and 10 multiply-adds
-    backward; nothing is allocated but the results. Saved for backward: x, a, b, y.
+    backward. Allocated are the results, a copy of what has other strides (such as the expanded gradient of a
+    sum), and coefficient gradients per row before they are summed over broadcast rows. Saved for backward:
+    x, a, b, y.
 
     Source: Lutati, Zimerman, Wolf, "Focus Your Attention (with Adaptive IIR Filters)", EMNLP 2023, eq. 4-8
     as a recurrence; ``carry=True`` and the numerator are our extensions.
