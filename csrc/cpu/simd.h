@@ -101,8 +101,8 @@ FASTKIT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 FASTKIT_INLINE bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; }
 
-// Within its scope subnormal numbers are zero (a decaying filter would otherwise live among them, at a
-// hundredth of the speed), and at its end streamed stores are visible to other threads.
+// Within its scope subnormal numbers are zero (a decaying filter would otherwise live among them,
+// slowly), and at its end streamed stores are visible to other threads.
 class KernelScope {
  public:
 #ifdef FASTKIT_X86
