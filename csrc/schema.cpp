@@ -34,12 +34,24 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   // What the library was built from and for, and the instruction set that its CPU kernels use: JSON.
   m.def("build_info() -> str");
 
-  // Second-order recursive filter of each row of x (B,C,T), coefficients a (B|1,C|1,K,2), b (B|1,C|1,K,3) per chunk.
-  m.def("iir_scan_fwd(Tensor x, Tensor a, Tensor? b, int chunk, bool carry) -> Tensor");
-  // Its gradients to x, and to a and b per row (B,C,K,2|3); empty where not needed.
+  // Second-order recursive filters of each row of x (B,C,T), coefficients a (B|1,C|1,K,2), b (B|1,C|1,K,3) per chunk;
+  // a bank (.., K,F,2|3) is summed. States y (B,C[,F],2) and x (B,C,2) before the first sample, newest first.
+  // cu_seqlens (S+1): x is (1,C,total), S replaces B in the states. chunk = 2^62: one filter for all of a sequence.
+  // end_y, end_x: the states after the last sample. borders: what a bank keeps for backward. Empty where not needed.
   m.def(
-      "iir_scan_bwd(Tensor gy, Tensor x, Tensor y, Tensor a, Tensor? b, int chunk, bool carry, bool needs_x, "
-      "bool needs_coefficients) -> (Tensor gx, Tensor ga, Tensor gb)");
+      "iir_scan_fwd(Tensor x, Tensor a, Tensor? b, Tensor? state_y, Tensor? state_x, Tensor? cu_seqlens, int chunk, "
+      "bool carry, bool needs_end, bool needs_borders) -> (Tensor y, Tensor end_y, Tensor end_x, Tensor borders)");
+  // Its gradients to x, to the states, and to a and b per row (B,C,K[,F],2|3). y of a single filter, borders of a bank.
+  m.def(
+      "iir_scan_bwd(Tensor gy, Tensor? gend_y, Tensor? gend_x, Tensor x, Tensor? y, Tensor? borders, Tensor a, "
+      "Tensor? b, Tensor? state_y, Tensor? state_x, Tensor? cu_seqlens, int chunk, bool carry, bool needs_x, "
+      "bool needs_coefficients) -> (Tensor gx, Tensor ga, Tensor gb, Tensor gstate_y, Tensor gstate_x)");
+  // S filters one after another, (a1, a2) and (b0, b1, b2) the rows of a (S,2) and b (S,3).
+  m.def("sosfilt_fwd(Tensor x, Tensor a, Tensor b) -> Tensor");
+  // One sample of every row: x (B,C), a (B|1,C|1[,F],2), b (B|1,C|1[,F],3), states as above.
+  m.def(
+      "iir_step_fwd(Tensor x, Tensor a, Tensor? b, Tensor state_y, Tensor state_x) -> "
+      "(Tensor y, Tensor end_y, Tensor end_x)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import pickle
 import sys
 import time
 from dataclasses import replace
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastkit import reference
 from fastkit.bench import demo, harness, measure, report
 from fastkit.bench.case import Case, Skip
-from fastkit.bench.cases import iir_scan
+from fastkit.bench.cases import iir_scan, iir_scan_modes
+from fastkit.bench.cases.iir_scan_modes import Bank, Fixed, Sections, TimeVarying, Yardstick
 from fastkit.bench.harness import Row, border, interval
 from fastkit.bench.measure import AGAIN, Check, Rounds, Settings
 
@@ -43,6 +46,14 @@ def test_faster_is_against_the_fastest_other_form():
     ours, *rest = rows({"ours": [0.1], AGAIN: [0.05], "slow": [2.0], "quick": [0.4]}, [10.0])
     assert ours.faster == pytest.approx(4)
     assert [row.faster for row in rest] == [None] * 3
+
+
+def test_yardsticks_are_not_what_ours_is_faster_than():
+    checks = dict.fromkeys(("ours", "copy", "other"), PASSED)
+    timed = Rounds([10.0], {"ours": [0.1], AGAIN: [0.1], "copy": [0.05], "other": [0.4]}, threads=2, load=0.5)
+    case = replace(CASE, yardsticks=frozenset({"copy"}))
+    ours, _, copy, _ = harness.rows(case, checks, timed, Settings(), best=10.0)
+    assert (ours.faster, copy.ratio) == (pytest.approx(4), pytest.approx(0.5))
 
 
 def test_busy_rounds_are_void():
@@ -196,6 +207,115 @@ def test_every_form_of_iir_scan_agrees_and_a_wrong_one_does_not(view, backward):
                 wrong = result.clone()
                 wrong[-1, -1, -1] += fault
                 assert not contest.error((*results[:i], wrong, *results[i + 1 :])) <= case.tolerance
+
+
+MODES = [
+    (Fixed, (3, 1, 384), False),
+    (Fixed, (1, 1, 384), False),
+    (TimeVarying, (2, 9, 64), False),
+    (Bank, (2, 9, 256), False),
+    (Bank, (2, 9, 256), True),
+    (Sections, (5, 1, 384), False),
+]
+
+
+def makers_of(contest):
+    """Those whose package is installed, and what they make."""
+    for label, make in contest.makers.items():
+        try:
+            yield label, make()
+        except Skip as skip:
+            assert label in ("scipy", "torchaudio", "philtorch")
+            assert str(skip) == f"{label} is not installed"
+
+
+@pytest.mark.parametrize(("mode", "size", "view"), MODES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_form_of_the_modes_agrees_and_a_wrong_one_does_not(mode, size, view, backward):
+    case = iir_scan_modes.case(mode, size, view=view, backward=backward)
+    contest = case.contest()
+    assert next(iter(contest.makers)) == "fastkit"
+    for label, call in makers_of(contest):
+        given = call()
+        assert isinstance(given, Yardstick) == (label in case.yardsticks)
+        results, error = (
+            (given.result, given.measure) if isinstance(given, Yardstick) else (given, contest.error)
+        )
+        assert len(results) == (4 if backward else 1)
+        assert contest.error(given) < 1e-5
+        for i, result in enumerate(results):
+            result = torch.as_tensor(result)
+            for fault in (0.01 * result.abs().max(), torch.nan):
+                wrong = result.clone()
+                wrong[-1, -1, -1] += fault
+                assert not error((*results[:i], wrong, *results[i + 1 :])) <= case.tolerance
+
+
+@pytest.mark.parametrize(("mode", "by"), [(Fixed, "iir_scan"), (Sections, "sosfilt")])
+def test_what_is_exact_for_long_signals_is_the_reference(mode, by):
+    """Gradients too: the sums over rows that share a filter."""
+    contest = iir_scan_modes.case(mode, (3, 1, 768), backward=True).contest()
+    x, a, b, gy = (t.detach().double() for t in contest.inputs)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    if by == "iir_scan":
+        y = reference.iir_scan(x, a, b)
+    else:
+        y = reference.sosfilt(x, torch.cat([b, torch.ones_like(a[..., :1]), a], -1)[0, 0])
+    for actual, (expected, _) in zip(
+        (y.detach(), *torch.autograd.grad(y, leaves, gy)), contest.expected, strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_filters_of_the_modes_are_near_the_unit_circle_and_stable():
+    for mode, size, _ in MODES:
+        inputs = iir_scan_modes.case(mode, size).contest().inputs
+        radii = inputs.a[..., 1].sqrt()
+        assert 0.98 < radii.max() < 0.9991
+        assert (inputs.a[..., 0].abs() < 2 * radii).all()  # pairs, not two real poles
+
+
+def test_every_contestant_of_a_step_agrees_and_a_wrong_one_does_not():
+    case = iir_scan_modes.step_case(3, 5)
+    contest = case.contest()
+    for label, call in makers_of(contest):
+        given = call()
+        assert contest.error(given) < 1e-6
+        assert isinstance(given, Yardstick) == (label in ("copies", "op call"))
+        results, error = (
+            (given.result, given.measure) if isinstance(given, Yardstick) else (given, contest.error)
+        )
+        assert results[0].requires_grad == (label in ("with grad", "op call"))
+        for i, result in enumerate(results):
+            for fault in (0.01 * result.detach().abs().max(), torch.nan):
+                wrong = result.detach().clone()
+                wrong[-1] += fault
+                assert not error((*results[:i], wrong, *results[i + 1 :])) <= case.tolerance
+
+
+def test_the_cases_of_the_modes_travel_to_child_processes():
+    for quick in (False, True):
+        cases = iir_scan_modes.cases(quick=quick)
+        titles = [(case.op, case.shape, case.direction) for case in cases]
+        assert len({*titles}) == len(titles) == 13
+        for case, title in zip(pickle.loads(pickle.dumps(cases)), titles, strict=True):
+            assert (case.op, case.shape, case.direction) == title
+            assert case.yardsticks < {*case.contest().makers}
+            assert not quick or case.warm
+    floors = {(c.shape, c.direction): c.floor_bytes for c in iir_scan_modes.cases()}
+    samples = 8 * 256 * 16384
+    assert floors["8x256x16384 chunk 1", "fwd"] == 28 * samples
+    assert floors["8x16384x256 view F=4", "fwd+bwd"] == 20 * samples
+    assert floors["16x1x480000 fixed", "fwd+bwd"] == 24 * 16 * 480000
+
+
+def test_the_harness_times_yardsticks_too():
+    rows = harness.run([iir_scan_modes.step_case(2, 3)], Settings(rounds=5, copy_bytes=4 << 20))
+    labels = ["fastkit", "fastkit again", "with grad", "copies", "op call", "eager"]
+    assert [row.contestant for row in rows] == labels
+    for row in rows:
+        assert row.error is not None and row.error < 1e-6
+        assert row.note.startswith("void") or (row.ratio is not None and row.ratio > 0)
 
 
 def test_torch_compile_is_skipped_where_it_cannot_compile(tmp_path, monkeypatch):

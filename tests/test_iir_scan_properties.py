@@ -1,13 +1,13 @@
-"""What ops.iir_scan must be whatever its sizes: linear, causal, a filter, and chunk by chunk."""
+"""What ops.iir_scan must be whatever its sizes: linear, causal, a filter, and the sum or row of its parts."""
 
 import pytest
 import torch
 
 from fastkit._dispatch import unavailable
-from fastkit.ops import iir_scan
+from fastkit.ops import iir_scan, iir_scan_with_state
 from fastkit.ops.iir_scan import KERNELS
 from fastkit.testing import Size, assert_matches_reference
-from fastkit.testing.iir_scan import expected_results, make_inputs
+from fastkit.testing.iir_scan import expected_results, make_inputs, make_packed_inputs, make_state
 
 hypothesis = pytest.importorskip("hypothesis")
 strategies = pytest.importorskip("hypothesis.strategies")
@@ -75,6 +75,57 @@ def test_reset_is_each_chunk_apart(impl, size, seed):
     expected = expected_results(x, a, b, gy, chunk=size.chunk, carry=False)["y"]
     assert_matches_reference(apart, *expected)
     assert_matches_reference(filtered_by(impl, size.chunk, carry=False)(x, a, b), *expected)
+
+
+@given_calls
+def test_a_bank_is_the_sum_of_its_filters(impl, size, seed):
+    x, a, b, gy = make_inputs(size, filters=1 + seed % 4, seed=seed)
+    state, scan = make_state(x, a, seed=seed), {"chunk": size.chunk, "impl": impl}
+    y, end = iir_scan_with_state(x, a, b, state, **scan)
+    filters = zip(a.unbind(3), b.unbind(3), state.y.unbind(2), strict=True)
+    alone = [iir_scan_with_state(x, a, b, state._replace(y=y), **scan) for a, b, y in filters]
+    expected = expected_results(x, a, b, gy, state, chunk=size.chunk)
+    assert_matches_reference(sum(y for y, _ in alone), *expected["y"])
+    assert_matches_reference(y, *expected["y"])
+    ends = torch.stack([end.y for _, end in alone], 2)
+    assert_matches_reference(ends, *expected["end_y"])
+    assert_matches_reference(end.y, *expected["end_y"])
+    assert all(torch.equal(end.x, end_f.x) for _, end_f in alone)
+
+
+@given_calls
+def test_the_state_carries_on(impl, size, seed):
+    """Cut where a chunk ends, or anywhere if there is one filter."""
+    x, a, b, gy = make_inputs(size, seed=seed)
+    state = make_state(x, a, seed=seed)
+    whole = a.shape[2] == 1
+    cut = seed % (size.T + 1) if whole else size.chunk * (seed % a.shape[2])
+    chunk = None if whole else size.chunk
+    k = slice(None) if whole else slice(0, cut // size.chunk)
+    rest = slice(None) if whole else slice(cut // size.chunk, None)
+    options = {"chunk": chunk, "impl": impl}
+    y1, between = iir_scan_with_state(x[..., :cut], a[:, :, k], b[:, :, k], state, **options)
+    y2, end = iir_scan_with_state(x[..., cut:], a[:, :, rest], b[:, :, rest], between, **options)
+    expected = expected_results(x, a, b, gy, state, chunk=chunk)
+    assert_matches_reference(torch.cat([y1, y2], -1), *expected["y"])
+    assert_matches_reference(end.y, *expected["end_y"])
+    newest_first = torch.cat([state.x.flip(-1), x], -1)[..., -2:].flip(-1)
+    assert torch.equal(end.x, newest_first)
+
+
+@given_calls
+def test_packed_is_a_loop_over_sequences(impl, size, seed):
+    """Of one channel to 20, lengths from nothing on."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, size.T + 1, (2 + seed % 5,), generator=generator).tolist()
+    filters = None if seed % 2 else 2
+    x, a, b, gy, offsets = make_packed_inputs([*lengths, 1], size.C, size.chunk, filters=filters, seed=seed)
+    state, options = make_state(x, a, offsets), {"chunk": size.chunk}
+    y, end = iir_scan_with_state(x, a, b, state, cu_seqlens=offsets, impl=impl, **options)
+    expected = expected_results(x, a, b, gy, state, cu_seqlens=offsets, **options)
+    assert_matches_reference(y, *expected["y"])
+    assert_matches_reference(end.y, *expected["end_y"])
+    assert torch.equal(end.x.double(), expected["end_x"].value)
 
 
 @given_calls

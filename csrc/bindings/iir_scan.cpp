@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -17,9 +18,12 @@ using torch::stable::contiguous;
 using torch::stable::copy_;
 using torch::stable::empty_like;
 using torch::stable::new_empty;
+using torch::stable::zero_;
 
 constexpr int64_t kSerialSamples = 32768;           // less work than this is not worth a second thread
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // results of this size or more are written past the caches
+
+constexpr int64_t kOneChunk = int64_t{1} << 62;      // the chunk of one filter for all of a sequence
 
 constexpr int kChannels = 1, kTime = 2;
 
@@ -51,33 +55,147 @@ struct Layout {
   }
 };
 
-template <class U, class T>
-Signal<U> signal(T* data, const Tensor& x) {
-  return {data, x.stride(0), x.stride(1), x.stride(2)};
+// Where packed sequences begin, and their chunks.
+struct Packing {
+  std::vector<int64_t> offsets, first_chunks;
+
+  Packing(const Tensor& cu_seqlens, int64_t total, int64_t chunk) {
+    FASTKIT_CHECK(cu_seqlens.is_cpu() && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
+                  "iir_scan: cu_seqlens must be on the CPU and have shape (S + 1,)");
+    const Tensor dense = contiguous(cu_seqlens);
+    const int64_t count = dense.size(0);
+    if (dense.scalar_type() == ScalarType::Int) {
+      const auto* data = static_cast<const int32_t*>(dense.data_ptr());
+      offsets.assign(data, data + count);
+    } else {
+      FASTKIT_CHECK(dense.scalar_type() == ScalarType::Long, "iir_scan: cu_seqlens must be int32 or int64");
+      const auto* data = static_cast<const int64_t*>(dense.data_ptr());
+      offsets.assign(data, data + count);
+    }
+    FASTKIT_CHECK(offsets[0] == 0, "iir_scan: cu_seqlens must start at 0, got ", offsets[0],
+                  "; it holds S + 1 offsets, the first of them 0");
+    first_chunks.push_back(0);
+    for (int64_t s = 0; s + 1 < count; ++s) {
+      FASTKIT_CHECK(offsets[s + 1] >= offsets[s], "iir_scan: cu_seqlens must not decrease, got ", offsets[s], " before ",
+                    offsets[s + 1], " at index ", s + 1, "; pass cumulative lengths, not lengths");
+      first_chunks.push_back(first_chunks.back() + chunks_of(offsets[s + 1] - offsets[s], chunk));
+    }
+    FASTKIT_CHECK(offsets.back() == total, "iir_scan: cu_seqlens must end at the number of samples, ", total,
+                  ", got ", offsets.back(), "; x must hold exactly the packed sequences");
+  }
+
+  static int64_t chunks_of(int64_t length, int64_t chunk) {
+    return chunk == kOneChunk ? 1 : length / chunk + (length % chunk != 0);
+  }
+};
+
+// What every op of this file is given.
+struct Arguments {
+  const Tensor &x, &a;
+  const std::optional<Tensor>& b;
+  std::optional<Tensor> state_y, state_x;
+  int64_t chunk;
+  bool carry;
+  std::optional<Packing> packing;
+  int64_t filters, batch, chunks;  // batch: of the states; chunks: all that have a gradient of their own
+  bool bank;                       // a has an axis of filters
+
+  Arguments(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& state_y,
+            const std::optional<Tensor>& state_x, const std::optional<Tensor>& cu_seqlens, int64_t chunk, bool carry)
+      : x(x), a(a), b(b), chunk(chunk), carry(carry) {
+    FASTKIT_CHECK(x.is_cpu() && x.dim() == 3, "iir_scan: x must be on the CPU and have shape (B, C, T)");
+    FASTKIT_CHECK(chunk >= 1, "iir_scan: chunk must be >= 1, got ", chunk);
+    FASTKIT_CHECK(a.dim() == 4 || a.dim() == 5, "iir_scan: a must have 4 or 5 axes");
+    bank = a.dim() == 5;
+    filters = bank ? a.size(3) : 1;
+    FASTKIT_CHECK(filters >= 1, "iir_scan: a must have a filter");
+    if (cu_seqlens) {
+      FASTKIT_CHECK(x.size(0) == 1, "iir_scan: with cu_seqlens x must have shape (1, C, total)");
+      packing.emplace(*cu_seqlens, x.size(2), chunk);
+      chunks = packing->first_chunks.back();
+      batch = static_cast<int64_t>(packing->offsets.size()) - 1;
+      FASTKIT_CHECK(a.size(2) == chunks || (chunk == kOneChunk && a.size(2) == 1), "iir_scan: a must have K = ",
+                    chunks, " chunks for these cu_seqlens", chunk == kOneChunk ? ", one a sequence, or 1" : "",
+                    ", got ", a.size(2), "; chunks restart at every sequence: K is the sum of ceil(length / chunk)");
+    } else {
+      chunks = Packing::chunks_of(x.size(2), chunk);
+      batch = x.size(0);
+    }
+    check_coefficients("a", a, 2);
+    if (b) check_coefficients("b", *b, 3);
+    this->state_y = state("state_y", state_y, bank);
+    this->state_x = state("state_x", state_x, false);
+  }
+
+  // Shape of (.., taps) for each filter of each row and chunk; of a state.
+  std::vector<int64_t> per_chunk(int64_t taps) const {
+    std::vector<int64_t> shape = {x.size(0), x.size(1), chunks};
+    if (bank) shape.push_back(filters);
+    shape.push_back(taps);
+    return shape;
+  }
+  std::vector<int64_t> of_state(bool each_filter) const {
+    std::vector<int64_t> shape = {batch, x.size(1)};
+    if (each_filter && bank) shape.push_back(filters);
+    shape.push_back(2);
+    return shape;
+  }
+  int64_t borders() const { return x.size(2) / kIirScanTile + chunks + 1; }
+
+  std::optional<Tensor> state(const char* name, const std::optional<Tensor>& t, bool each_filter) const {
+    if (!t) return std::nullopt;
+    const std::vector<int64_t> shape = of_state(each_filter);
+    bool fits = t->is_cpu() && t->scalar_type() == arithmetic(x) && t->dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = t->size(static_cast<int64_t>(i)) == shape[i];
+    FASTKIT_CHECK(fits, "iir_scan: ", name, " must be on the CPU, have the dtype of the coefficients and shape (",
+                  packing ? "S" : "B", ", C, ", each_filter && bank ? "F, 2)" : "2)");
+    return contiguous(*t);
+  }
+
+ private:
+  void check_coefficients(const char* name, const Tensor& c, int64_t taps) const {
+    FASTKIT_CHECK(c.is_cpu() && c.scalar_type() == arithmetic(x), "iir_scan: ", name,
+                  " must be on the CPU and have x's dtype, float32 for half precision");
+    const int64_t last = bank ? 4 : 3;
+    FASTKIT_CHECK(c.dim() == a.dim() && (c.size(0) == 1 || c.size(0) == x.size(0)) &&
+                      (c.size(1) == 1 || c.size(1) == x.size(1)) &&
+                      (c.size(2) == chunks || (packing && chunk == kOneChunk && c.size(2) == 1)) &&
+                      (!bank || c.size(3) == filters) && c.size(last) == taps,
+                  "iir_scan: ", name, " must have shape (B|1, C|1, ", chunks, bank ? ", F, " : ", ", taps, ")");
+  }
+};
+
+template <class U, class E>
+Signal<U> signal(E* data, const Tensor& x, bool packed) {
+  return {data, packed ? 0 : x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class E>
+Signal<const E> input(const Tensor& x, const Arguments& call) {
+  return signal<const E>(static_cast<const E*>(x.data_ptr()), x, call.packing.has_value());
+}
+
+template <class E>
+Signal<E> output(const Tensor& x, const Arguments& call) {
+  return signal<E>(static_cast<E*>(x.data_ptr()), x, call.packing.has_value());
 }
 
 template <class T>
-Signal<const T> input(const Tensor& x) {
-  return signal<const T>(static_cast<const T*>(x.data_ptr()), x);
+Coefficients<T> coefficients(const Tensor& c, bool bank) {
+  const auto stride = [&](int64_t axis) { return c.size(axis) == 1 ? 0 : c.stride(axis); };
+  return {static_cast<const T*>(c.data_ptr()), stride(0), stride(1), stride(2), bank ? stride(3) : 0,
+          c.stride(bank ? 4 : 3)};
 }
 
 template <class T>
-Signal<T> output(const Tensor& x) {
-  return signal<T>(static_cast<T*>(x.data_ptr()), x);
+const T* values(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
+// The results' memory, or null where it is empty because not wanted.
 template <class T>
-Coefficients<T> coefficients(const Tensor& c) {
-  return {static_cast<const T*>(c.data_ptr()), c.size(0) == 1 ? 0 : c.stride(0), c.size(1) == 1 ? 0 : c.stride(1),
-          c.stride(2), c.stride(3)};
-}
-
-void check_coefficients(const char* name, const Tensor& c, const Tensor& x, int64_t chunks, int64_t taps) {
-  FASTKIT_CHECK(c.is_cpu() && c.scalar_type() == x.scalar_type(), "iir_scan: ", name,
-                " must be on the CPU and have x's dtype");
-  FASTKIT_CHECK(c.dim() == 4 && (c.size(0) == 1 || c.size(0) == x.size(0)) &&
-                    (c.size(1) == 1 || c.size(1) == x.size(1)) && c.size(2) == chunks && c.size(3) == taps,
-                "iir_scan: ", name, " must have shape (B|1, C|1, ", chunks, ", ", taps, ")");
+T* results(const Tensor& t, bool wanted) {
+  return wanted ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
 
 void check_like(const char* name, const Tensor& g, const Tensor& x) {
@@ -86,95 +204,190 @@ void check_like(const char* name, const Tensor& g, const Tensor& x) {
                 "iir_scan: ", name, " must be on the CPU and have x's shape and dtype");
 }
 
-void check_call(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, int64_t chunk) {
-  FASTKIT_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) > 0,
-                "iir_scan: x must be on the CPU and have shape (B, C, T) with T >= 1");
-  FASTKIT_CHECK(chunk >= 1, "iir_scan: chunk must be >= 1, got ", chunk);
-  const int64_t chunks = (x.size(2) - 1) / chunk + 1;
-  check_coefficients("a", a, x, chunks, 2);
-  if (b) check_coefficients("b", *b, x, chunks, 3);
-}
-
-// The call's shape and coefficients.
-template <class T>
-void describe(IirScan<T>& p, const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, int64_t chunk,
-              bool carry, const Layout& layout) {
-  p.batch = x.size(0), p.channels = x.size(1), p.time = x.size(2);
-  p.chunk = chunk, p.chunks = a.size(2);
-  p.carry = carry;
+// The call's shape, coefficients and state.
+template <class E>
+void describe(IirScan<E>& p, const Arguments& call, const Layout& layout) {
+  using T = Arithmetic<E>;
+  const Tensor& x = call.x;
+  p.batch = call.batch, p.channels = x.size(1), p.time = x.size(2);
+  p.chunk = call.chunk, p.chunks = call.chunks;
+  p.filters = call.filters;
+  p.carry = call.carry;
   p.channels_last = layout.axis == kChannels;
-  p.stream = x.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  p.stream = x.numel() * static_cast<int64_t>(sizeof(E)) >= kStreamBytes;
   // Blocks of channels, narrower where there would be fewer than threads, in whole cache lines.
-  const int64_t threads = torch::stable::get_num_threads(), line = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t threads = torch::stable::get_num_threads();
+  p.threads = std::min(threads, x.numel() / kSerialSamples + 1);
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(E));
   const int64_t wanted = p.channels * std::max<int64_t>(p.batch, 1) / std::max<int64_t>(threads, 1);
   p.block = std::clamp<int64_t>((wanted + line - 1) / line * line, line, kIirScanBlock<T>);
-  p.a = coefficients<T>(a);
-  if (b) p.b = coefficients<T>(*b);
+  if (call.packing) p.offsets = call.packing->offsets.data(), p.first_chunks = call.packing->first_chunks.data();
+  p.a = coefficients<T>(call.a, call.bank);
+  if (call.b) p.b = coefficients<T>(*call.b, call.bank);
+  p.state_y = values<T>(call.state_y), p.state_x = values<T>(call.state_x);
 }
 
-template <class T>
-int64_t count_units(const IirScan<T>& p) {
-  return iir_scan_kernels().of<T>().units(p);
+template <class E>
+int64_t count_units(const IirScan<E>& p) {
+  return iir_scan_kernels().of<E>().units(p);
 }
 
 template <class Problem>
 void run(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& p) {
-  const int64_t samples = p.batch * p.channels * p.time;
-  if (samples == 0) return;
+  if (p.batch * p.channels == 0) return;
+  const int64_t samples = std::max<int64_t>(p.time * p.channels * (p.offsets == nullptr ? p.batch : 1), 1);
   const int64_t units = count_units(p);
-  const int64_t grain = kSerialSamples * units / samples + 1;
+  const int64_t grain = kSerialSamples * units / (samples * p.filters) + 1;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-Tensor iir_scan_fwd(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, int64_t chunk, bool carry) {
-  check_call(x, a, b, chunk);
+std::tuple<Tensor, Tensor, Tensor, Tensor> iir_scan_fwd(const Tensor& x, const Tensor& a,
+                                                        const std::optional<Tensor>& b,
+                                                        const std::optional<Tensor>& state_y,
+                                                        const std::optional<Tensor>& state_x,
+                                                        const std::optional<Tensor>& cu_seqlens, int64_t chunk,
+                                                        bool carry, bool needs_end, bool needs_borders) {
+  const Arguments call(x, a, b, state_y, state_x, cu_seqlens, chunk, carry);
   Tensor y = empty_like(x);
+  const auto when = [&](bool wanted, const std::vector<int64_t>& shape) {
+    return wanted ? new_empty(a, shape) : new_empty(a, {0});
+  };
+  Tensor end_y = when(needs_end, call.of_state(true)), end_x = when(needs_end, call.of_state(false));
+  Tensor borders = when(needs_borders, {x.size(0), call.borders(), call.filters, 2, x.size(1)});
   const Layout layout(y);
   const Tensor in = layout.readable(x, y), out = layout.writable(y);
   dispatch_floating("iir_scan", x, [&](auto zero) {
-    using T = decltype(zero);
-    IirScanForward<T> p;
-    describe(p, x, a, b, chunk, carry, layout);
-    p.x = input<T>(in);
-    p.y = output<T>(out);
-    run(iir_scan_kernels().of<T>().forward, p);
+    using E = decltype(zero);
+    using T = Arithmetic<E>;
+    IirScanForward<E> p;
+    describe(p, call, layout);
+    p.x = input<E>(in, call);
+    p.y = output<E>(out, call);
+    p.end_y = results<T>(end_y, needs_end), p.end_x = results<T>(end_x, needs_end);
+    p.borders = results<T>(borders, needs_borders);
+    run(iir_scan_kernels().of<E>().forward, p);
+  });
+  layout.finish(y, out);
+  return {y, end_y, end_x, borders};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iir_scan_bwd(
+    const Tensor& gy, const std::optional<Tensor>& gend_y, const std::optional<Tensor>& gend_x, const Tensor& x,
+    const std::optional<Tensor>& y, const std::optional<Tensor>& borders, const Tensor& a,
+    const std::optional<Tensor>& b, const std::optional<Tensor>& state_y, const std::optional<Tensor>& state_x,
+    const std::optional<Tensor>& cu_seqlens, int64_t chunk, bool carry, bool needs_x, bool needs_coefficients) {
+  const Arguments call(x, a, b, state_y, state_x, cu_seqlens, chunk, carry);
+  check_like("gy", gy, x);
+  if (call.filters == 1) {
+    FASTKIT_CHECK(y.has_value(), "iir_scan: the backward of a single filter takes y");
+    check_like("y", *y, x);
+  } else {
+    FASTKIT_CHECK(borders && borders->is_cpu() && borders->scalar_type() == a.scalar_type() &&
+                      borders->dim() == 5 && borders->size(0) == x.size(0) && borders->size(1) == call.borders() &&
+                      borders->size(2) == call.filters && borders->size(3) == 2 && borders->size(4) == x.size(1),
+                  "iir_scan: the backward of a bank takes the borders of its forward");
+  }
+  const std::optional<Tensor> end_y = call.state("gend_y", gend_y, true), end_x = call.state("gend_x", gend_x, false);
+  Tensor gx = needs_x ? empty_like(x) : new_empty(x, {0});
+  const auto when = [&](bool wanted, const std::vector<int64_t>& shape) {
+    return wanted ? new_empty(a, shape) : new_empty(a, {0});
+  };
+  Tensor ga = when(needs_coefficients, call.per_chunk(2)), gb = when(needs_coefficients && b, call.per_chunk(3));
+  if (needs_coefficients && (call.packing || x.size(2) == 0)) zero_(ga), zero_(gb);  // of what has no samples
+  Tensor gstate_y = when(state_y.has_value(), call.of_state(true));
+  Tensor gstate_x = when(state_x.has_value(), call.of_state(false));
+
+  const Tensor like = needs_x ? gx : empty_like(x);
+  const Layout layout(like);
+  const Tensor out = needs_x ? layout.writable(gx) : gx;
+  const Tensor gy_in = layout.readable(gy, like), x_in = layout.readable(x, like);
+  const std::optional<Tensor> borders_in = borders ? std::optional(contiguous(*borders)) : std::nullopt;
+  const std::optional<Tensor> y_in = y ? std::optional(layout.readable(*y, like)) : std::nullopt;
+  dispatch_floating("iir_scan", x, [&](auto zero) {
+    using E = decltype(zero);
+    using T = Arithmetic<E>;
+    IirScanBackward<E> p;
+    describe(p, call, layout);
+    p.gy = input<E>(gy_in, call);
+    p.x = input<E>(x_in, call);
+    if (y_in) p.y = input<E>(*y_in, call);
+    p.borders = values<T>(borders_in);
+    p.gend_y = values<T>(end_y), p.gend_x = values<T>(end_x);
+    if (needs_x) p.gx = output<E>(out, call);
+    p.ga = results<T>(ga, needs_coefficients), p.gb = results<T>(gb, needs_coefficients && b);
+    p.gstate_y = results<T>(gstate_y, state_y.has_value());
+    p.gstate_x = results<T>(gstate_x, state_x.has_value());
+    run(iir_scan_kernels().of<E>().backward, p);
+  });
+  if (needs_x) layout.finish(gx, out);
+  return {gx, ga, gb, gstate_y, gstate_x};
+}
+
+Tensor sosfilt_fwd(const Tensor& x, const Tensor& a, const Tensor& b) {
+  FASTKIT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(0), "sosfilt: a must be (S, 2) and b (S, 3)");
+  // A bank's axes, without a copy: one batch entry, channel and chunk.
+  const Tensor sections_a = torch::stable::view(contiguous(a), {1, 1, 1, a.size(0), 2});
+  const Tensor sections_b = torch::stable::view(contiguous(b), {1, 1, 1, b.size(0), 3});
+  const std::optional<Tensor> numerator = sections_b;
+  const Arguments call(x, sections_a, numerator, {}, {}, {}, kOneChunk, true);
+  Tensor y = empty_like(x);
+  const Layout layout(y);
+  const Tensor in = layout.readable(x, y), out = layout.writable(y);
+  dispatch_floating("sosfilt", x, [&](auto zero) {
+    using E = decltype(zero);
+    IirScanForward<E> p;
+    describe(p, call, layout);
+    p.cascade = true;
+    p.x = input<E>(in, call);
+    p.y = output<E>(out, call);
+    run(iir_scan_kernels().of<E>().forward, p);
   });
   layout.finish(y, out);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> iir_scan_bwd(const Tensor& gy, const Tensor& x, const Tensor& y, const Tensor& a,
-                                                const std::optional<Tensor>& b, int64_t chunk, bool carry,
-                                                bool needs_x, bool needs_coefficients) {
-  check_call(x, a, b, chunk);
-  check_like("gy", gy, x);
-  check_like("y", y, x);
-  Tensor gx = needs_x ? empty_like(x) : new_empty(x, {0});
-  const auto gradient = [&](bool needed, int64_t taps) {
-    return needed ? new_empty(a, {x.size(0), x.size(1), a.size(2), taps}) : new_empty(a, {0});
+std::tuple<Tensor, Tensor, Tensor> iir_step_fwd(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b,
+                                                const Tensor& state_y, const Tensor& state_x) {
+  FASTKIT_CHECK(x.is_cpu() && x.dim() == 2 && (a.dim() == 3 || a.dim() == 4),
+                "iir_step: x must be on the CPU and have shape (B, C), a (B|1, C|1[, F], 2)");
+  const bool bank = a.dim() == 4;
+  const int64_t filters = bank ? a.size(2) : 1;
+  FASTKIT_CHECK(filters >= 1, "iir_step: a must have a filter");
+  const auto check = [&](const char* name, const Tensor& t, int64_t last, bool exact, bool each_filter) {
+    const auto fits = [&](int64_t axis) { return t.size(axis) == x.size(axis) || (!exact && t.size(axis) == 1); };
+    FASTKIT_CHECK(t.is_cpu() && t.scalar_type() == arithmetic(x) && t.dim() == (each_filter && bank ? 4 : 3) &&
+                      fits(0) && fits(1) && (!(each_filter && bank) || t.size(2) == filters) &&
+                      t.size(t.dim() - 1) == last,
+                  "iir_step: ", name, " must be on the CPU and fit the shape and dtype of x");
   };
-  Tensor ga = gradient(needs_coefficients, 2), gb = gradient(needs_coefficients && b, 3);
-
-  const Tensor& like = needs_x ? gx : y;
-  const Layout layout(like);
-  const Tensor out = needs_x ? layout.writable(gx) : gx;
-  const Tensor gy_in = layout.readable(gy, like), x_in = layout.readable(x, like), y_in = layout.readable(y, like);
-  dispatch_floating("iir_scan", x, [&](auto zero) {
-    using T = decltype(zero);
-    IirScanBackward<T> p;
-    describe(p, x, a, b, chunk, carry, layout);
-    p.gy = input<T>(gy_in);
-    p.x = input<T>(x_in);
-    p.y = input<T>(y_in);
-    if (needs_x) p.gx = output<T>(out);
-    if (needs_coefficients) {
-      p.ga = static_cast<T*>(ga.data_ptr());
-      if (b) p.gb = static_cast<T*>(gb.data_ptr());
-    }
-    if (needs_x || needs_coefficients) run(iir_scan_kernels().of<T>().backward, p);
+  check("a", a, 2, false, true);
+  if (b) check("b", *b, 3, false, true);
+  check("state_y", state_y, 2, true, true);
+  check("state_x", state_x, 2, true, false);
+  const Tensor in = contiguous(x), before_y = contiguous(state_y), before_x = contiguous(state_x);
+  Tensor y = empty_like(in), end_y = empty_like(before_y), end_x = empty_like(before_x);
+  dispatch_floating("iir_step", x, [&](auto zero) {
+    using E = decltype(zero);
+    using T = Arithmetic<E>;
+    const auto taps = [&](const Tensor& c) {
+      const auto stride = [&](int64_t axis) { return c.size(axis) == 1 ? 0 : c.stride(axis); };
+      return Coefficients<T>{static_cast<const T*>(c.data_ptr()), stride(0), stride(1), 0, bank ? stride(2) : 0,
+                             c.stride(bank ? 3 : 2)};
+    };
+    IirStep<E> p;
+    p.batch = x.size(0), p.channels = x.size(1), p.filters = filters;
+    p.x = static_cast<const E*>(in.data_ptr());
+    p.a = taps(a);
+    if (b) p.b = taps(*b);
+    p.state_y = static_cast<const T*>(before_y.data_ptr()), p.state_x = static_cast<const T*>(before_x.data_ptr());
+    p.y = static_cast<E*>(y.data_ptr());
+    p.end_y = static_cast<T*>(end_y.data_ptr()), p.end_x = static_cast<T*>(end_x.data_ptr());
+    const int64_t grain = kSerialSamples / (2 * filters) + 1;
+    torch::stable::parallel_for(0, p.batch * p.channels, grain, [&](int64_t begin, int64_t end) {
+      iir_step_kernels().of<E>()(p, begin, end);
+    });
   });
-  if (needs_x) layout.finish(gx, out);
-  return {gx, ga, gb};
+  return {y, end_y, end_x};
 }
 
 }  // namespace
@@ -183,4 +396,6 @@ std::tuple<Tensor, Tensor, Tensor> iir_scan_bwd(const Tensor& gy, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CPU, m) {
   m.impl("iir_scan_fwd", TORCH_BOX(&fastkit::iir_scan_fwd));
   m.impl("iir_scan_bwd", TORCH_BOX(&fastkit::iir_scan_bwd));
+  m.impl("sosfilt_fwd", TORCH_BOX(&fastkit::sosfilt_fwd));
+  m.impl("iir_step_fwd", TORCH_BOX(&fastkit::iir_step_fwd));
 }

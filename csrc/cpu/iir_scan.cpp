@@ -1,35 +1,45 @@
-// iir_scan on the CPU: the entry of one ISA, which picks the kernels of the axis that has stride 1.
+// iir_scan on the CPU: the entry of one ISA, which picks the kernels that suit a call.
 #include "cpu/iir_scan_kernels.h"
 #include "cpu/simd.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
 
-template <class T>
-const IirScanFunctions<T>& functions(const IirScan<T>& p) {
-  return (p.channels_last ? iir_scan_channels : iir_scan_rows).template of<T>();
+template <class E>
+const IirScanFunctions<E>& functions(const IirScan<E>& p) {
+  const bool short_chunks = p.chunk < kShortChunk && p.chunk < p.time;
+  if (p.filters > 1 || short_chunks) return iir_scan_tiles.of<E>();
+  if (p.channels_last) return iir_scan_channels.of<E>();
+  // A row at a time takes 2 to 3 times the cycles of a row among others in the lanes.
+  constexpr int64_t lanes = 32 / sizeof(Arithmetic<E>);
+  const int64_t rows = p.batch * p.channels, blocks = (rows + lanes - 1) / lanes;
+  const bool few = rows <= lanes / 2 || 4 * blocks <= p.threads;
+  const bool cuts = few && p.time >= kTimeSplit && p.chunk >= kTimeSplit;
+  return (cuts ? iir_scan_time : iir_scan_rows).of<E>();
 }
 
-template <class T>
-int64_t units(const IirScan<T>& p) {
-  return functions<T>(p).units(p);
+template <class E>
+int64_t units(const IirScan<E>& p) {
+  return functions<E>(p).units(p);
 }
 
-template <class T>
-void forward(const IirScanForward<T>& p, int64_t begin, int64_t end) {
+template <class E>
+void forward(const IirScanForward<E>& p, int64_t begin, int64_t end) {
   KernelScope scope;
-  functions<T>(p).forward(p, begin, end);
+  functions<E>(p).forward(p, begin, end);
 }
 
-template <class T>
-void backward(const IirScanBackward<T>& p, int64_t begin, int64_t end) {
+template <class E>
+void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
   KernelScope scope;
-  functions<T>(p).backward(p, begin, end);
+  functions<E>(p).backward(p, begin, end);
 }
+
+template <class E>
+constexpr IirScanFunctions<E> entry = {units<E>, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_kernels = {{units<float>, forward<float>, backward<float>},
-                                         {units<double>, forward<double>, backward<double>}};
+const IirScanKernels iir_scan_kernels = {entry<float>, entry<double>, entry<BFloat16>, entry<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

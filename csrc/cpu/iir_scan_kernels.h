@@ -1,11 +1,18 @@
-// The two layouts of iir_scan's CPU kernels, of the ISA that this file is being compiled for.
+// The parts of iir_scan's CPU kernels, of the ISA that this file is being compiled for.
 #pragma once
 
 #include "fastkit/iir_scan.h"
 
 namespace fastkit::FASTKIT_ISA {
 
+// One filter, whose chunks are no shorter than kShortChunk:
 extern const IirScanKernels iir_scan_rows;      // time has stride 1
 extern const IirScanKernels iir_scan_channels;  // channels have stride 1
+extern const IirScanKernels iir_scan_time;      // time has stride 1, few rows: one row at a time, cut into the lanes
+// Anything, either stride: banks, cascades (forward only), coefficients that change every few samples.
+extern const IirScanKernels iir_scan_tiles;
+
+inline constexpr int64_t kShortChunk = 16;
+inline constexpr int64_t kTimeSplit = 128;  // the least time, and chunk, that iir_scan_time takes
 
 }  // namespace fastkit::FASTKIT_ISA

@@ -13,7 +13,7 @@
 //            into the chunk before it (carry) is handed over in two terms, for its last and last but one sample.
 #define FASTKIT_HALF_VECTORS  // and 8 rows at a power-of-two distance still fit a set of the first-level cache
 #include "cpu/iir_scan_kernels.h"
-#include "cpu/simd.h"
+#include "cpu/iir_scan_lanes.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
@@ -23,50 +23,11 @@ constexpr int kAhead = 8;          // lines between a read and its prefetch, for
 constexpr int kBehind = kSegment;  // samples between them, backward
 
 template <class T>
-struct Lanes {  // the rows of one unit
-  static constexpr int W = kLanes<T>;
-  int64_t batch[W], channel[W];
-  int count;
-
-  Lanes(const IirScan<T>& p, int64_t unit) {
-    int64_t rows = p.batch * p.channels, first = unit * W;
-    count = static_cast<int>(rows - first < W ? rows - first : W);
-    for (int i = 0; i < W; ++i) {
-      int64_t row = first + (i < count ? i : count - 1);  // idle lanes repeat the last row
-      batch[i] = row / p.channels;
-      channel[i] = row % p.channels;
-    }
-  }
-
-  template <class U>
-  void point(U* (&rows)[W], const Signal<U>& signal) const {
-    for (int i = 0; i < W; ++i) rows[i] = signal.data == nullptr ? nullptr : signal.at(batch[i], channel[i]);
-  }
-
-  Vec<T> gather(const Coefficients<T>& c, int64_t k, int tap) const {
-    alignas(kLineBytes) T values[W];
-    for (int i = 0; i < W; ++i) values[i] = c.at(batch[i], channel[i])[k * c.chunk + tap * c.tap];
-    return load(values);
-  }
-};
-
-// Columns [t, t + W) of the rows, n <= W of them there, as W vectors over lanes.
-template <class T>
-FASTKIT_INLINE void load_square(Vec<T> (&v)[kLanes<T>], const T* const (&rows)[kLanes<T>], int64_t t, int n) {
-  if (n == kLanes<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) v[i] = load(rows[i] + t);
-  } else {
-    for (int i = 0; i < kLanes<T>; ++i) v[i] = load(rows[i] + t, n);
-  }
-  transpose<T>(v);
-}
-
-template <class T>
 struct Taps {
   Vec<T> a1, a2, b0, b1, b2;
 
-  Taps(const IirScan<T>& p, const Lanes<T>& lanes, int64_t k) {
+  template <class E>
+  Taps(const IirScan<E>& p, const Lanes<E>& lanes, int64_t k) {
     a1 = lanes.gather(p.a, k, 0);
     a2 = lanes.gather(p.a, k, 1);
     b0 = b1 = b2 = Vec<T>{};
@@ -97,27 +58,31 @@ FASTKIT_INLINE void recur(Vec<T> (&v)[kLanes<T>], History<T>& h, const Taps<T>& 
   }
 }
 
-template <class T, bool kNumerator>
-void forward_unit(const IirScanForward<T>& p, int64_t unit) {
-  constexpr int W = kLanes<T>, L = kLine<T>, P = L / W;  // P squares make a line of every row
-  const Lanes<T> lanes(p, unit);
-  const T* x[W];
-  T* y[W];
+template <class E, bool kNumerator>
+void forward_unit(const IirScanForward<E>& p, int64_t unit) {
+  using T = Arithmetic<E>;
+  constexpr int W = kLanes<E>, L = kLine<E>, P = L / W;  // P squares make a line of every row
+  const Lanes<E> lanes(p, unit);
+  const Span& span = lanes.span;
+  const E* x[W];
+  E* y[W];
   lanes.point(x, p.x);
   lanes.point(y, p.y);
   bool streams = p.stream;
   for (int i = 0; i < W; ++i) streams = streams && on_line(y[i]);
 
   History<T> h;
-  for (int64_t k = 0; k < p.chunks; ++k) {
+  h.y1 = lanes.gather(p, p.state_y, 0), h.y2 = lanes.gather(p, p.state_y, 1);
+  h.x1 = lanes.gather(p, p.state_x, 0), h.x2 = lanes.gather(p, p.state_x, 1);
+  for (int64_t k = 0; k < span.chunks; ++k) {
     const Taps<T> c(p, lanes, k);
-    if (!p.carry) h = History<T>{};
-    int64_t t = k * p.chunk, end = t + p.chunk < p.time ? t + p.chunk : p.time;
+    if (!p.carry && k > 0) h = History<T>{};
+    int64_t t = k * p.chunk, end = t + p.chunk < span.time ? t + p.chunk : span.time;
     for (; t + L <= end; t += L) {
-      Vec<T> out[P][W];
+      Vec<E> out[P][W];
 #pragma GCC unroll 4
       for (int j = 0; j < P; ++j) {
-        load_square<T>(out[j], x, t + j * W, W);
+        load_square<E>(out[j], x, t + j * W, W);
         recur<T, kNumerator>(out[j], h, c, W);
         transpose<T>(out[j]);
       }
@@ -135,23 +100,26 @@ void forward_unit(const IirScanForward<T>& p, int64_t unit) {
     }
     for (; t < end; t += W) {
       int n = static_cast<int>(end - t < W ? end - t : W);
-      Vec<T> v[W];
-      load_square<T>(v, x, t, n);
+      Vec<E> v[W];
+      load_square<E>(v, x, t, n);
       recur<T, kNumerator>(v, h, c, n);
       transpose<T>(v);
       for (int i = 0; i < lanes.count; ++i) store(y[i] + t, v[i], n);
     }
   }
+  lanes.scatter(p, p.end_y, 0, h.y1), lanes.scatter(p, p.end_y, 1, h.y2);
+  lanes.scatter(p, p.end_x, 0, h.x1), lanes.scatter(p, p.end_x, 1, h.x2);
 }
 
-template <class T, bool kNumerator>
+template <class E, bool kNumerator>
 class Backward {
-  static constexpr int W = kLanes<T>, L = kLine<T>;
+  using T = Arithmetic<E>;
+  static constexpr int W = kLanes<E>, L = kLine<E>;
   static constexpr int kPitch = kSegment + L;  // not a power of two: lanes fall into different cache sets
 
  public:
-  Backward(const IirScanBackward<T>& p, int64_t unit)
-      : p_(p), lanes_(p, unit), first_row_(unit * W), writes_(p.gx.data != nullptr), sums_(p.ga != nullptr) {
+  Backward(const IirScanBackward<E>& p, int64_t unit)
+      : p_(p), lanes_(p, unit), span_(lanes_.span), writes_(p.gx.data != nullptr), sums_(p.ga != nullptr) {
     lanes_.point(gy_, p.gy);
     lanes_.point(gx_, p.gx);
     lanes_.point(x_, p.x);
@@ -161,14 +129,19 @@ class Backward {
   }
 
   void run() {
-    for (int64_t k = p_.chunks; k-- > 0;) chunk(k);
+    g1_ = lanes_.gather(p_, p_.gend_y, 0), g2_ = lanes_.gather(p_, p_.gend_y, 1);
+    e1_ = lanes_.gather(p_, p_.gend_x, 0), e2_ = lanes_.gather(p_, p_.gend_x, 1);
+    for (int64_t k = span_.chunks; k-- > 0;) chunk(k);
+    lanes_.scatter(p_, p_.gstate_y, 0, g1_), lanes_.scatter(p_, p_.gstate_y, 1, g2_);
+    lanes_.scatter(p_, p_.gstate_x, 0, e1_), lanes_.scatter(p_, p_.gstate_x, 1, e2_);
   }
 
  private:
   void chunk(int64_t k) {
     const Taps<T> c(p_, lanes_, k);
-    const int64_t begin = k * p_.chunk, end = begin + p_.chunk < p_.time ? begin + p_.chunk : p_.time;
-    if (!p_.carry) g1_ = g2_ = e1_ = e2_ = Vec<T>{};
+    const int64_t begin = k * p_.chunk, end = begin + p_.chunk < span_.time ? begin + p_.chunk : span_.time;
+    if (!p_.carry && k + 1 < span_.chunks) g1_ = g2_ = e1_ = e2_ = Vec<T>{};
+    if (begin == end) return;  // a sequence without samples
     l1_ = l2_ = Vec<T>{};
     for (auto& sum : total_) {
       for (double& lane : sum) lane = 0;
@@ -180,7 +153,7 @@ class Backward {
     }
     if (sums_) write_sums(k, begin);
     g1_ += -c.a1 * l1_ - c.a2 * l2_, g2_ = -c.a2 * l1_;
-    e1_ += c.b1 * l1_ + c.b2 * l2_, e2_ = c.b2 * l1_;
+    if constexpr (kNumerator) e1_ += c.b1 * l1_ + c.b2 * l2_, e2_ = c.b2 * l1_;
   }
 
   // buffer_[row][i] = l[t + i] for i < n + 2; samples past the chunk's end count as zero.
@@ -196,8 +169,8 @@ class Backward {
     };
     for (int s = (n - 1) / W * W; s >= 0; s -= W) {
       const int m = n - s < W ? n - s : W;
-      Vec<T> v[W];
-      load_square<T>(v, gy_, t + s, m);
+      Vec<E> v[W];
+      load_square<E>(v, gy_, t + s, m);
       if (m == W) {
         v[W - 1] += g1_, v[W - 2] += g2_;
         g1_ = g2_ = Vec<T>{};
@@ -222,20 +195,22 @@ class Backward {
   void read_off(const Taps<T>& c, int64_t t, int n) {
     const int full = n / W * W;
     Vec<T> sum[kSums][W] = {};
-    alignas(kLineBytes) T edge[W][W] = {};  // of each row: e2, e1 at the end of its last vector
-    if constexpr (kNumerator) {
-      for (int i = 0; i < W; ++i) edge[i][W - 2] = e2_[i], edge[i][W - 1] = e1_[i];
+    T edge[W][2 * W] = {};  // of each row: e2, e1 for its last two samples, at W - 1 and W
+    const bool owes = kNumerator || p_.gend_x != nullptr;
+    if (owes) {
+      for (int i = 0; i < W; ++i) edge[i][W - 1] = e2_[i], edge[i][W] = e1_[i];
     }
     for (int i = 0; i < lanes_.count; ++i) {
-      const T *l = buffer_[i], *gy = gy_[i] + t, *x = x_[i] + t, *y = y_[i] + t;
+      const T* l = buffer_[i];
+      const E *gy = gy_[i] + t, *x = x_[i] + t, *y = y_[i] + t;
       const T b0 = c.b0[i], b1 = c.b1[i], b2 = c.b2[i];
-      T* gx = writes_ ? gx_[i] + t : nullptr;
+      E* gx = writes_ ? gx_[i] + t : nullptr;
       Vec<T> a1{}, a2{}, s0{}, s1{}, s2{};
       for (int s = 0; s < full; s += W) {
         Vec<T> l0 = load(l + s), l1 = load(l + s + 1), l2 = load(l + s + 2);
         if (writes_) {
           Vec<T> g = kNumerator ? b0 * l0 + (b1 * l1 + b2 * l2) : l0;
-          if (kNumerator && s + W == n) g += load(edge[i]);
+          if (owes && s + W + 1 >= n) g += load(edge[i] + W + 1 + s - n);
           if (streams_) {
             stream(gx + s, g);
           } else {
@@ -257,15 +232,18 @@ class Backward {
         }
       }
       for (int s = full; s < n; ++s) {
-        if (writes_) gx[s] = kNumerator ? b0 * l[s] + (b1 * l[s + 1] + b2 * l[s + 2]) : l[s];
-        if (sums_) {
-          a1[0] += l[s + 1] * y[s], a2[0] += l[s + 2] * y[s];
-          if constexpr (kNumerator) s0[0] += l[s] * x[s], s1[0] += l[s + 1] * x[s], s2[0] += l[s + 2] * x[s];
+        if (writes_) {
+          const T g = kNumerator ? b0 * l[s] + (b1 * l[s + 1] + b2 * l[s + 2]) : l[s];
+          gx[s] = rounded<E>(g + edge[i][W + 1 + s - n]);
         }
-      }
-      if (kNumerator && writes_ && full < n) {
-        gx[n - 1] += edge[i][W - 1];
-        if (n > 1) gx[n - 2] += edge[i][W - 2];
+        if (sums_) {
+          const T y0 = widened(y[s]);
+          a1[0] += l[s + 1] * y0, a2[0] += l[s + 2] * y0;
+          if constexpr (kNumerator) {
+            const T x0 = widened(x[s]);
+            s0[0] += l[s] * x0, s1[0] += l[s + 1] * x0, s2[0] += l[s + 2] * x0;
+          }
+        }
       }
       sum[0][i] = a1, sum[1][i] = a2;
       if constexpr (kNumerator) sum[2][i] = s0, sum[3][i] = s1, sum[4][i] = s2;
@@ -281,19 +259,21 @@ class Backward {
     for (int i = 0; i < W; ++i) total_[q][i] += values[i];
   }
 
-  Vec<T> column(const T* const (&rows)[W], int64_t t) const {
+  // A signal some samples before t, which may lie before the first: in the state.
+  Vec<T> before(const E* const (&rows)[W], const T* states, int64_t t, int lag) const {
+    if (t < lag) return lanes_.gather(p_, states, lag - 1 - static_cast<int>(t));
     alignas(kLineBytes) T values[W];
-    for (int i = 0; i < W; ++i) values[i] = rows[i][t];
+    for (int i = 0; i < W; ++i) values[i] = widened(rows[i][t - lag]);
     return load(values);
   }
 
   // The products of this chunk's first samples with the history before it, then the results.
   void write_sums(int64_t k, int64_t begin) {
-    if (p_.carry && begin > 0) {
-      const Vec<T> y1 = column(y_, begin - 1), y2 = begin > 1 ? column(y_, begin - 2) : Vec<T>{};
+    if (p_.carry || k == 0) {
+      const Vec<T> y1 = before(y_, p_.state_y, begin, 1), y2 = before(y_, p_.state_y, begin, 2);
       add(0, l1_ * y1), add(1, l1_ * y2 + l2_ * y1);
       if constexpr (kNumerator) {
-        const Vec<T> x1 = column(x_, begin - 1), x2 = begin > 1 ? column(x_, begin - 2) : Vec<T>{};
+        const Vec<T> x1 = before(x_, p_.state_x, begin, 1), x2 = before(x_, p_.state_x, begin, 2);
         add(3, l1_ * x1), add(4, l1_ * x2 + l2_ * x1);
       }
     }
@@ -302,7 +282,7 @@ class Backward {
       for (int i = 0; i < W; ++i) values[q][i] = static_cast<T>(q < 2 ? -total_[q][i] : total_[q][i]);
     }
     for (int i = 0; i < lanes_.count; ++i) {
-      const int64_t at = (first_row_ + i) * p_.chunks + k;
+      const int64_t at = p_.row(lanes_.batch[i], lanes_.channel[i]) * p_.chunks + span_.first_chunk + k;
       for (int q = 0; q < 2; ++q) p_.ga[2 * at + q] = values[q][i];
       if constexpr (kNumerator) {
         for (int q = 0; q < 3; ++q) p_.gb[3 * at + q] = values[2 + q][i];
@@ -312,13 +292,13 @@ class Backward {
 
   static constexpr int kSums = kNumerator ? 5 : 2;
 
-  const IirScanBackward<T>& p_;
-  const Lanes<T> lanes_;
-  const int64_t first_row_;
+  const IirScanBackward<E>& p_;
+  const Lanes<E> lanes_;
+  const Span& span_;
   const bool writes_, sums_;
   bool streams_;
-  const T *gy_[W], *x_[W], *y_[W];
-  T* gx_[W];
+  const E *gy_[W], *x_[W], *y_[W];
+  E* gx_[W];
   Vec<T> l1_{}, l2_{};  // l of the two samples after the present one, zero past the chunk's end
   Vec<T> g1_{}, g2_{};  // owed to gy of the present sample and the one before it, by the chunks after
   Vec<T> e1_{}, e2_{};  // likewise to gx
@@ -326,36 +306,33 @@ class Backward {
   alignas(kLineBytes) T buffer_[W][kPitch];
 };
 
-template <class T>
-int64_t units(const IirScan<T>& p) {
-  return (p.batch * p.channels + kLanes<T> - 1) / kLanes<T>;
-}
-
-template <class T>
-void forward(const IirScanForward<T>& p, int64_t begin, int64_t end) {
+template <class E>
+void forward(const IirScanForward<E>& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     if (p.b.data != nullptr) {
-      forward_unit<T, true>(p, unit);
+      forward_unit<E, true>(p, unit);
     } else {
-      forward_unit<T, false>(p, unit);
+      forward_unit<E, false>(p, unit);
     }
   }
 }
 
-template <class T>
-void backward(const IirScanBackward<T>& p, int64_t begin, int64_t end) {
+template <class E>
+void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     if (p.b.data != nullptr) {
-      Backward<T, true>(p, unit).run();
+      Backward<E, true>(p, unit).run();
     } else {
-      Backward<T, false>(p, unit).run();
+      Backward<E, false>(p, unit).run();
     }
   }
 }
+
+template <class E>
+constexpr IirScanFunctions<E> rows = {Lanes<E>::units, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_rows = {{units<float>, forward<float>, backward<float>},
-                                      {units<double>, forward<double>, backward<double>}};
+const IirScanKernels iir_scan_rows = {rows<float>, rows<double>, rows<BFloat16>, rows<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

@@ -23,7 +23,7 @@ bool isa_usable(Isa isa) {
              __builtin_cpu_supports("avx512vl");
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-             __builtin_cpu_supports("bmi2");
+             __builtin_cpu_supports("bmi2");  // and F16C: whatever has AVX2 has it
     default: return true;
   }
 #else

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "fastkit/element.h"
 
 #ifdef FASTKIT_X86
 #include <immintrin.h>
@@ -31,10 +32,10 @@ inline namespace FASTKIT_WIDTH {  // two widths of one ISA are different functio
 inline constexpr int kVectorBytes = FASTKIT_VECTOR_BYTES;
 inline constexpr int kLineBytes = 64;
 
-template <class T>
-inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-template <class T>
-inline constexpr int kLine = kLineBytes / static_cast<int>(sizeof(T));  // elements of a cache line
+template <class E>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Arithmetic<E>));
+template <class E>
+inline constexpr int kLine = kLineBytes / static_cast<int>(sizeof(E));  // elements of a cache line
 
 template <class T>
 struct VectorOf;
@@ -51,49 +52,193 @@ struct VectorOf<double> {
   typedef int64_t index __attribute__((vector_size(kVectorBytes)));
 };
 
-template <class T>
-using Vec = typename VectorOf<T>::type;
+// kLanes elements, in the type of arithmetic: reading widens half precision, writing rounds to it.
+template <class E>
+using Vec = typename VectorOf<Arithmetic<E>>::type;
 
 #define FASTKIT_INLINE static FASTKIT_ALWAYS_INLINE
 
-template <class T>
-FASTKIT_INLINE Vec<T> load(const T* p) {
-  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
-}
+// --- half precision ------------------------------------------------------------------------------------------
 
-template <class T>
-FASTKIT_INLINE void store(T* p, Vec<T> v) {
-  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
-}
+template <class E>
+inline constexpr bool kIsHalf = IsSame<E, BFloat16> || IsSame<E, Half>;
 
-template <class T>
-FASTKIT_INLINE Vec<T> load(const T* p, int64_t n) {  // n < lanes elements, zeros behind
-  Vec<T> v{};
-  for (int i = 0; i < kLanes<T>; ++i) {
-    if (i < n) v[i] = p[i];
-  }
-  return v;
-}
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
-template <class T>
-FASTKIT_INLINE void store(T* p, Vec<T> v, int64_t n) {
-  for (int i = 0; i < kLanes<T>; ++i) {
-    if (i < n) p[i] = v[i];
-  }
-}
-
-// Past the caches; p on a vector's boundary.
-template <class T>
-FASTKIT_INLINE void stream(T* p, Vec<T> v) {
+template <class E>
+FASTKIT_INLINE Vec<float> widen(Halves h) {
+  if constexpr (IsSame<E, BFloat16>) {
+    return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
+  } else {
 #if defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 64
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);  // plain, gcc 12 warns of what its own header does
 #elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
-#elif defined(FASTKIT_X86)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+    return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+    const Words w = __builtin_convertvector(h, Words);
+    const Words magnitude = w & 0x7fff, sign = (w & 0x8000) << 16;
+    const Words normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | (255u << 23);
+    const Words subnormal = (Words)(__builtin_convertvector(magnitude, Vec<float>) * 0x1p-24f);
+    const Words below = (Words)(magnitude < 0x400), above = (Words)(magnitude >= 0x7c00);
+    return (Vec<float>)(sign | (subnormal & below) | (special & above) | (normal & ~below & ~above));
+#endif
+  }
+}
+
+// Rounds to the nearest, ties to even.
+template <class E>
+FASTKIT_INLINE Halves narrow(Vec<float> v) {
+  const Words w = (Words)v;
+  if constexpr (IsSame<E, BFloat16>) {
+    const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    const Words is_nan = (Words)((w & 0x7fffffff) > 0x7f800000);
+    return __builtin_convertvector((rounded & ~is_nan) | (((w >> 16) | 0x40) & is_nan), Halves);
+  } else {
+#if defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 64
+    return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
+    return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Words magnitude = w & 0x7fffffff, sign = (w >> 16) & 0x8000;
+    const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Words half = Words{} + (126u << 23);  // 0.5: its last bit is the smallest half's
+    const Words subnormal = (Words)((Vec<float>)magnitude + (Vec<float>)half) - half;
+    const Words below = (Words)(magnitude < (113u << 23)), above = (Words)(magnitude >= 0x47800000);
+    const Words special = 0x7c00 | ((Words)(magnitude > 0x7f800000) & 0x200);
+    return __builtin_convertvector(
+        sign | (subnormal & below) | (special & above) | (normal & ~below & ~above), Halves);
+#endif
+  }
+}
+
+// --- arithmetic ----------------------------------------------------------------------------------------------
+
+// a b + c and c - a b, with one rounding where the instruction set can, on every path. Which products the operators
+// contract is the compiler's choice, and copies of the same expression, as loops have for whole and for partial
+// vectors, may differ in the last bit.
+template <class T>
+FASTKIT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 64
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class T>
+FASTKIT_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 64
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return c - a * b;
+#endif
+}
+
+// --- memory --------------------------------------------------------------------------------------------------
+
+template <class E>
+FASTKIT_INLINE Vec<E> load(const E* p) {
+  if constexpr (kIsHalf<E>) {
+    return widen<E>(*reinterpret_cast<const UnalignedHalves*>(p));
+  } else {
+    return *reinterpret_cast<const typename VectorOf<E>::unaligned*>(p);
+  }
+}
+
+template <class E>
+FASTKIT_INLINE void store(E* p, Vec<E> v) {
+  if constexpr (kIsHalf<E>) {
+    *reinterpret_cast<UnalignedHalves*>(p) = narrow<E>(v);
+  } else {
+    *reinterpret_cast<typename VectorOf<E>::unaligned*>(p) = v;
+  }
+}
+
+template <class E>
+FASTKIT_INLINE Vec<E> load(const E* p, int64_t n) {  // n < lanes elements, zeros behind
+  if constexpr (kIsHalf<E>) {
+    Halves h{};
+    for (int i = 0; i < kLanes<E>; ++i) {
+      if (i < n) h[i] = p[i].bits;
+    }
+    return widen<E>(h);
+  } else {
+    Vec<E> v{};
+    for (int i = 0; i < kLanes<E>; ++i) {
+      if (i < n) v[i] = p[i];
+    }
+    return v;
+  }
+}
+
+template <class E>
+FASTKIT_INLINE void store(E* p, Vec<E> v, int64_t n) {
+  if constexpr (kIsHalf<E>) {
+    const Halves h = narrow<E>(v);
+    for (int i = 0; i < kLanes<E>; ++i) {
+      if (i < n) p[i].bits = h[i];
+    }
+  } else {
+    for (int i = 0; i < kLanes<E>; ++i) {
+      if (i < n) p[i] = v[i];
+    }
+  }
+}
+
+// Past the caches; p on a boundary of what is written.
+template <class E>
+FASTKIT_INLINE void stream(E* p, Vec<E> v) {
+#ifdef FASTKIT_X86
+  if constexpr (kIsHalf<E>) {
+    const Halves h = narrow<E>(v);
+#if FASTKIT_VECTOR_BYTES == 64
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
+#elif FASTKIT_VECTOR_BYTES == 32
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)h);
+#else
+    *reinterpret_cast<UnalignedHalves*>(p) = h;
+#endif
+  } else {
+#if FASTKIT_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif FASTKIT_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+  }
 #else
   store(p, v);
 #endif
+}
+
+// Element by element.
+template <class E>
+FASTKIT_INLINE Arithmetic<E> widened(E value) {
+  if constexpr (kIsHalf<E>) {
+    return widen<E>(Halves{} + value.bits)[0];
+  } else {
+    return value;
+  }
+}
+
+template <class E>
+FASTKIT_INLINE E rounded(Arithmetic<E> value) {
+  if constexpr (kIsHalf<E>) {
+    return {narrow<E>(Vec<E>{} + value)[0]};
+  } else {
+    return value;
+  }
 }
 
 // Into the second-level cache; any address will do.

@@ -51,7 +51,7 @@ fastkit::Signal<T> output(Array<T>& x) {
 template <class T>
 fastkit::Coefficients<T> coefficients(const Array<T>& c) {
   return {c.data(), c.shape(0) == 1 ? 0 : step(c.strides(0), sizeof(T)),
-          c.shape(1) == 1 ? 0 : step(c.strides(1), sizeof(T)), step(c.strides(2), sizeof(T)),
+          c.shape(1) == 1 ? 0 : step(c.strides(1), sizeof(T)), step(c.strides(2), sizeof(T)), 0,
           step(c.strides(3), sizeof(T))};
 }
 

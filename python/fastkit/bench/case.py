@@ -37,3 +37,4 @@ class Case:
     contest: Callable[[], Contest]
     warm: bool = False  # the shape fits the caches, and is timed from warm ones
     tolerance: float = 1e-4  # of the error
+    yardsticks: frozenset[str] = frozenset()  # contestants that do something else: ours is not called faster

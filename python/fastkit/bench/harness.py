@@ -197,7 +197,8 @@ def rows(
                 row = replace(row, **_ratio(case, np.array(timed.call_s[label]), rates, idle))
         table.append(row)
 
-    others = [row.ratio for row in table[2:] if row.ratio is not None]
+    rivals = [row for row in table[2:] if row.contestant not in case.yardsticks]
+    others = [row.ratio for row in rivals if row.ratio is not None]
     if table[0].ratio is not None and others:
         table[0] = replace(table[0], faster=min(others) / table[0].ratio)
     return table

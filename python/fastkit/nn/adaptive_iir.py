@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -144,10 +143,7 @@ class AdaptiveIIR(nn.Module):
             )
         a = self.coefficients(x)
         chunk = None if a.shape[2] == 1 else self.chunk
-        h = x.transpose(1, 2)
-        # A call for each filter: iir_scan does not take a bank yet.
-        bank = [ops.iir_scan(h, one, chunk=chunk, carry=self.carry) for one in a.unbind(3)]
-        return reduce(torch.add, bank).transpose(1, 2)
+        return ops.iir_scan(x.transpose(1, 2), a, chunk=chunk, carry=self.carry).transpose(1, 2)
 
     def coefficients(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B|1, C, K, F, 2)
         """The (a1, a2) that ``forward`` filters x with; K is 1 where one filter runs through all of T."""

@@ -1,3 +1,7 @@
 """Every op in plain PyTorch: the specification, and the oracle of every test."""
 
+from fastkit.reference.iir_scan import IIRState as IIRState
 from fastkit.reference.iir_scan import iir_scan as iir_scan
+from fastkit.reference.iir_scan import iir_scan_with_state as iir_scan_with_state
+from fastkit.reference.iir_scan import iir_step as iir_step
+from fastkit.reference.iir_scan import sosfilt as sosfilt

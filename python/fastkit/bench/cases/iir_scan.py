@@ -65,52 +65,36 @@ def case(
     )
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     x: Tensor  # (B, C, T)
     a: Tensor  # (B, C, K, 2)
     b: Tensor  # (B, C, K, 3)
     gy: Tensor  # in the layout of x
 
 
-class _Contest:
-    def __init__(
-        self, size: tuple[int, int, int], chunk: int, view: bool, backward: bool, compile: bool
-    ) -> None:
+class ScanContest:
+    """Calls of a scan's forms, on inputs of their own, and their error; other modes override what differs."""
+
+    def __init__(self, size: tuple[int, int, int], chunk: int, view: bool, backward: bool) -> None:
         self.size = size
         self.chunk = chunk
         self.view = view
         self.backward = backward
-        self.compile = compile
 
     @cached_property
-    def inputs(self) -> _Inputs:
-        """Noise, and pole pairs with radii up to 0.999, most of them near it."""
+    def inputs(self) -> Inputs:
         B, C, T = self.size
         generator = torch.Generator().manual_seed(0)
-        rand = partial(torch.rand, generator=generator)
+        a, b = self.coefficients(generator)
         randn = partial(torch.randn, generator=generator)
-        rows = (B, C, T // self.chunk)
-        radius = 0.999 * rand(rows) ** 0.1
-        angle = math.pi * (0.05 + 0.9 * rand(rows))  # a double pole would be ill-conditioned
-        a = torch.stack([-2 * radius * angle.cos(), radius**2], -1)
-        b = randn(*rows, 3)
         x, gy = (randn(B, T, C).transpose(1, 2) if self.view else randn(B, C, T) for _ in range(2))
         for leaf in (x, a, b):
             leaf.requires_grad_(self.backward)
-        return _Inputs(x, a, b, gy)
+        return Inputs(x, a, b, gy)
 
-    @property
-    def makers(self) -> Mapping[str, Callable[[], Call]]:
-        makers: dict[str, Callable[[], Call]] = {
-            "fastkit": partial(self.call, _fastkit),
-            "chunk-parallel": partial(self.call, chunk_parallel),
-            "loop": partial(self.call, loop),
-        }
-        if not self.backward:
-            makers["scipy"] = self.make_scipy
-        if self.compile:
-            makers["compiled"] = self.make_compiled
-        return makers
+    def coefficients(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        B, C, T = self.size
+        return draw_filters((B, C, T // self.chunk), generator)
 
     def call(self, form: Form) -> Call:
         x, a, b, gy = self.inputs
@@ -123,6 +107,63 @@ class _Contest:
             return y.detach(), *torch.autograd.grad(y, (x, a, b), gy)
 
         return forward_backward if self.backward else forward
+
+    def error(self, result: Any) -> float:
+        """The largest error in any result, in a sample of rows, relative to its row's largest value."""
+        errors = [
+            ((self.sample(torch.as_tensor(actual)) - row).abs() / size).amax()
+            for actual, (row, size) in zip(result, self.expected, strict=True)
+        ]
+        return float(torch.stack(errors).amax())  # NaN if any is
+
+    def sample(self, t: Tensor) -> Tensor:
+        """Some rows of an input or a result, as (1, rows, ...)."""
+        B, C, _ = self.size
+        return t[torch.unravel_index(torch.linspace(0, B * C - 1, 16).long(), (B, C))].unsqueeze(0)
+
+    @cached_property
+    def expected(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each result, those rows in float64, and their largest values."""
+        x, a, b, gy = (self.sample(t.detach()).double() for t in self.inputs)
+        for leaf in (x, a, b):
+            leaf.requires_grad_(self.backward)
+        y = self.exact(x, a, b)
+        gradients = torch.autograd.grad(y, (x, a, b), gy) if self.backward else ()
+        results = [t.detach() for t in (y, *gradients)]
+        return [(t, t.abs().amax(tuple(range(2, t.dim())), keepdim=True)) for t in results]
+
+    def exact(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """What ``call`` computes, on sampled inputs in float64."""
+        return reference.iir_scan(x, a, b, chunk=self.chunk)
+
+
+def draw_filters(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pole pairs with radii up to 0.999, most of them near it, and numerators: (shape, 2), (shape, 3)."""
+    radius = 0.999 * torch.rand(shape, generator=generator) ** 0.1
+    angle = math.pi * (0.05 + 0.9 * torch.rand(shape, generator=generator))  # double poles: ill-conditioned
+    a = torch.stack([-2 * radius * angle.cos(), radius**2], -1)
+    return a, torch.randn(*shape, 3, generator=generator)
+
+
+class _Contest(ScanContest):
+    def __init__(
+        self, size: tuple[int, int, int], chunk: int, view: bool, backward: bool, compile: bool
+    ) -> None:
+        super().__init__(size, chunk, view, backward)
+        self.compile = compile
+
+    @property
+    def makers(self) -> Mapping[str, Callable[[], Call]]:
+        makers: dict[str, Callable[[], Call]] = {
+            "fastkit": partial(self.call, ours),
+            "chunk-parallel": partial(self.call, chunk_parallel),
+            "loop": partial(self.call, loop),
+        }
+        if not self.backward:
+            makers["scipy"] = self.make_scipy
+        if self.compile:
+            makers["compiled"] = self.make_compiled
+        return makers
 
     def make_compiled(self) -> Call:
         """The chunk-parallel form, its steps compiled; the whole of it takes minutes to compile."""
@@ -146,32 +187,8 @@ class _Contest:
         x, a, b = (t.numpy() for t in self.inputs[:3])
         return partial(_scipy, lfilter, x, np.insert(a, 0, 1, axis=-1), b, self.chunk)
 
-    def error(self, result: Any) -> float:
-        """The largest error in any result, in a sample of rows, relative to its row's largest value."""
-        errors = [
-            ((torch.as_tensor(actual)[self.rows] - row).abs() / size).amax()
-            for actual, (row, size) in zip(result, self.expected, strict=True)
-        ]
-        return float(torch.stack(errors).amax())  # NaN if any is
 
-    @cached_property
-    def rows(self) -> tuple[Tensor, ...]:
-        B, C, _ = self.size
-        return torch.unravel_index(torch.linspace(0, B * C - 1, 16).long(), (B, C))
-
-    @cached_property
-    def expected(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each result, those rows by the reference in float64, and their largest values."""
-        x, a, b, gy = (t.detach()[self.rows].double().unsqueeze(0) for t in self.inputs)
-        for leaf in (x, a, b):
-            leaf.requires_grad_(self.backward)
-        y = reference.iir_scan(x, a, b, chunk=self.chunk)
-        gradients = torch.autograd.grad(y, (x, a, b), gy) if self.backward else ()
-        rows = [t.detach().squeeze(0) for t in (y, *gradients)]
-        return [(t, t.abs().flatten(1).amax(1).view(-1, *[1] * (t.dim() - 1))) for t in rows]
-
-
-def _fastkit(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
+def ours(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
     return ops.iir_scan(x, a, b, chunk=chunk)
 
 
@@ -191,13 +208,11 @@ def loop(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
     """Sample by sample: the numerator for all of time at once, then two operations a sample."""
     axis = _time_axis(x)
     u = _numerator(x, b, chunk).flatten(axis, axis + 1).movedim(axis, 0)
-    y1 = y2 = torch.zeros_like(u[0])
-    ys: list[Tensor] = []
+    ys = [torch.zeros_like(u[0])] * 2
     coefficients = a.permute(2, 3, 0, 1).contiguous()
     for u_k, (a1, a2) in zip(u.split(chunk), coefficients.unbind(), strict=True):
-        ys += _steps(u_k, y1, y2, a1, a2)
-        y2, y1 = ys[-2:]
-    return torch.stack(ys, axis).movedim(axis, -1)
+        ys += _steps(u_k, ys[-1], ys[-2], a1, a2)
+    return torch.stack(ys[2:], axis).movedim(axis, -1)
 
 
 def chunk_parallel(

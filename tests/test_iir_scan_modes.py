@@ -1,0 +1,571 @@
+"""Banks, states, packed sequences, single steps and cascades, in every implementation that runs here."""
+
+import pytest
+import torch
+
+from fastkit import reference
+from fastkit.ops import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
+from fastkit.testing import Size, assert_matches_reference
+from fastkit.testing.iir_scan import check, expected_results, make_inputs, make_packed_inputs, make_state
+
+pytestmark = pytest.mark.native
+
+DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+def channels_last(*signals):
+    return [t.mT.contiguous().mT for t in signals]
+
+
+def assert_all_equal(results, expected):
+    for i, (result, want) in enumerate(zip(results, expected, strict=True)):
+        assert torch.equal(result, want), i
+
+
+# Banks
+
+
+# (dtype, carry, numerator)
+OPTIONS = [
+    (torch.float32, True, True),
+    (torch.float32, False, False),
+    (torch.float64, True, False),
+    (torch.float64, False, True),
+    (torch.bfloat16, True, True),
+    (torch.bfloat16, False, False),
+    (torch.float16, True, False),
+    (torch.float16, False, True),
+]
+
+
+def inputs_of_options(impl, size, filters):
+    """x, a, b or None, gy and carry for each of the options; for the reference, without half precision."""
+    for dtype, carry, numerator in OPTIONS:
+        if impl == "reference" and dtype.itemsize == 2:
+            continue
+        radius = 0.5 if size.chunk == 1 else 0.9  # filters that change with every sample may grow
+        x, a, b, gy = make_inputs(size, filters=filters, dtype=dtype, radius=radius)
+        yield x, a, b if numerator else None, gy, carry
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("chunk", [None, 1, 3, 16, 128])
+@pytest.mark.parametrize("filters", [1, 2, 3, 5])
+def test_bank(impl, filters, chunk, layout):
+    for x, a, b, gy, carry in inputs_of_options(impl, Size(2, 17, 37, chunk), filters):
+        if layout == "channels_last":
+            x, gy = channels_last(x, gy)
+        check(x, a, b, gy, chunk=chunk, carry=carry, impl=impl)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("chunk", [None, 100, 128, 200])
+@pytest.mark.parametrize("filters", [2, 3])
+def test_bank_across_borders(native, filters, chunk, layout):
+    """Backward starts again every 128 samples of a chunk from states that forward has kept."""
+    for x, a, b, gy, carry in inputs_of_options(native, Size(1, 9, 300, chunk), filters):
+        if layout == "channels_last":
+            x, gy = channels_last(x, gy)
+        a, b = a[:1, :1], None if b is None else b[:1, :1]  # the oracle has a matrix for each
+        check(x, a, b, gy, state=make_state(x, a), chunk=chunk, carry=carry, impl=native)
+
+
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (1, 3, 4, 0, 2), (2, 0, 1, 4, 3)], ids=str
+)
+@pytest.mark.parametrize("shared", ["alone", "batch", "channels", "both"])
+def test_layout_and_sharing_of_a_bank(impl, shared, order):
+    x, a, b, gy = make_inputs(Size(2, 11, 33, 16), filters=3)
+    rows = {"alone": (2, 11), "batch": (1, 11), "channels": (2, 1), "both": (1, 1)}[shared]
+    back = [order.index(dim) for dim in range(5)]
+    a, b = (c[: rows[0], : rows[1]].permute(order).contiguous().permute(back) for c in (a, b))
+    check(x, a, b, gy, chunk=16, impl=impl)
+    check(*channels_last(x), a, b[:1, :1], gy, chunk=16, impl=impl)
+
+
+@pytest.mark.parametrize("filters", [15, 33])
+def test_large_bank(impl, filters):
+    x, a, b, gy = make_inputs(Size(1, 5, 20, 16), filters=filters)
+    check(x, a, b, gy, state=make_state(x, a), chunk=16, impl=impl)
+
+
+def test_a_bank_of_one_is_its_filter(impl):
+    x, a, b, gy = make_inputs(Size(2, 17, 33, 16))
+    state = make_state(x, a)
+
+    def run(a, b, state):
+        leaves = [t.detach().requires_grad_() for t in (x, a, b, *state)]
+        y, end = iir_scan_with_state(*leaves[:3], IIRState(*leaves[3:]), chunk=16, impl=impl)
+        return [y, *end, *torch.autograd.grad((y, *end), leaves, (gy, end.y.detach(), end.x.detach()))]
+
+    y, end_y, end_x, gx, ga, gb, gstate_y, gstate_x = run(
+        a.unsqueeze(3), b.unsqueeze(3), IIRState(state.y.unsqueeze(2), state.x)
+    )
+    of_bank = y, end_y.squeeze(2), end_x, gx, ga.squeeze(3), gb.squeeze(3), gstate_y.squeeze(2), gstate_x
+    assert_all_equal(of_bank, run(a, b, state))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 3), (1, 4)], ids=str)
+@pytest.mark.parametrize("filters", [None, 3])
+def test_only_some_gradients(impl, filters, wanted):
+    """Of x, a, b and the two parts of the state."""
+    x, a, b, gy = make_inputs(Size(2, 3, 9, 4), filters=filters)
+    inputs = x, a, b, *make_state(x, a)
+
+    def run(wanted):
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        y, end = iir_scan_with_state(*leaves[:3], IIRState(*leaves[3:]), chunk=4, impl=impl)
+        ((y * gy).sum() + end.y.sum()).backward()
+        return [leaf.grad for leaf in leaves]
+
+    full = run(range(5))
+    for i, grad in enumerate(run(wanted)):
+        assert torch.equal(grad, full[i]) if i in wanted else grad is None
+
+
+# States
+
+
+@pytest.mark.parametrize(("chunk", "carry"), [(None, True), (1, True), (1, False), (16, True), (16, False)])
+@pytest.mark.parametrize("time", [1, 2, 3, 33, 257])
+@pytest.mark.parametrize("filters", [None, 3])
+def test_state(impl, filters, time, chunk, carry):
+    radius = 0.5 if chunk == 1 else 0.9
+    for dtype in (torch.float32,) if impl == "reference" or time == 257 else DTYPES:
+        size = Size(2, 17 if time < 257 else 2, time, chunk)
+        x, a, b, gy = make_inputs(size, filters=filters, dtype=dtype, radius=radius)
+        options = {"chunk": chunk, "carry": carry, "impl": impl}
+        for numerator in (None, b):
+            check(x, a, numerator, gy, state=make_state(x, a), **options)
+            check(*channels_last(x), a, numerator, *channels_last(gy), state=make_state(x, a), **options)
+        check(x, a, b, gy, with_state=True, **options)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+@pytest.mark.parametrize("filters", [None, 2])
+def test_split_anywhere_is_one_call(impl, filters, chunk):
+    """What two calls give, gradients through the state between them too, is within the budget of one call."""
+    x, a, b, gy = make_inputs(Size(2, 3, 30, chunk), filters=filters)
+    state = make_state(x, a)
+    leaves = [t.requires_grad_() for t in (x, a, b, *state)]
+    gend = make_state(x, a, seed=1)
+    expected = expected_results(x, a, b, gy, state, gend, chunk=chunk)
+    for t in range(0, 31, chunk or 1):
+        k = slice(None) if chunk is None else slice(0, t // chunk)
+        rest = slice(None) if chunk is None else slice(t // chunk, None)
+        options = {"chunk": chunk, "impl": impl}
+        y1, between = iir_scan_with_state(
+            x[..., :t], a[:, :, k], b[:, :, k], IIRState(*leaves[3:]), **options
+        )
+        y2, end = iir_scan_with_state(x[..., t:], a[:, :, rest], b[:, :, rest], between, **options)
+        y = torch.cat([y1, y2], -1)
+        gradients = torch.autograd.grad((y, *end), leaves, (gy, *gend))
+        names = "y", "end_y", "end_x", "gx", "ga", "gb", "gstate_y", "gstate_x"
+        for name, result in zip(names, (y, *end, *gradients), strict=True):
+            assert_matches_reference(result, *expected[name], name=f"{name}, split at {t}")
+
+
+@pytest.mark.parametrize("filters", [None, 3])
+@pytest.mark.parametrize("which", ["both", "y", "x"])
+@pytest.mark.parametrize("time", [1, 2, 33, 300])
+def test_cotangents_of_the_final_state_alone(impl, time, which, filters):
+    """y is not used: no cotangent comes for it, which is one of zeros."""
+    if impl == "reference" and time == 300:
+        pytest.skip("300 samples are for the kernels' tiles")
+    x, a, b, _ = make_inputs(Size(1, 2, time, None), filters=filters)
+    state, gend = make_state(x, a), make_state(x, a, seed=1)
+    if which != "both":
+        gend = gend._replace(
+            **{"x" if which == "y" else "y": torch.zeros_like(gend.x if which == "y" else gend.y)}
+        )
+    leaves = [t.requires_grad_() for t in (x, a, b, *state)]
+    _, end = iir_scan_with_state(*leaves[:3], IIRState(*leaves[3:]), impl=impl)
+    outputs = {"both": tuple(end), "y": (end.y,), "x": (end.x,)}[which]
+    cotangents = {"both": tuple(gend), "y": (gend.y,), "x": (gend.x,)}[which]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)
+    expected = expected_results(x, a, b, torch.zeros_like(x), state, gend)
+    for name, gradient in zip(("gx", "ga", "gb", "gstate_y", "gstate_x"), gradients, strict=True):
+        assert_matches_reference(gradient, *expected[name], name=name)
+
+
+@pytest.mark.parametrize("filters", [None, 3])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_no_samples_pass_the_state_through(impl, chunk, filters):
+    x, _, _, _ = make_inputs(Size(2, 3, 0, chunk))
+    K = 1 if chunk is None else 0
+    shape = (2, 3, K, *([] if filters is None else [filters]))
+    a, b = torch.randn(*shape, 2), torch.randn(*shape, 3)
+    state, gend = make_state(x, a), make_state(x, a, seed=1)
+    leaves = [t.requires_grad_() for t in (a, b, *state)]
+    y, end = iir_scan_with_state(x, a, b, IIRState(*leaves[2:]), chunk=chunk, impl=impl)
+    assert y.shape == x.shape
+    assert_all_equal(end, state)
+    gradients = torch.autograd.grad(tuple(end), leaves, tuple(gend), materialize_grads=True)
+    assert_all_equal(gradients, (torch.zeros_like(a), torch.zeros_like(b), *gend))
+
+
+def test_the_state_given_is_not_written_to(impl):
+    x, a, b, _ = make_inputs(Size(2, 17, 33, None))
+    state = make_state(x, a)
+    before = [part.clone() for part in state]
+    for _ in range(2):
+        _, end = iir_scan_with_state(x, a, b, state, impl=impl)
+        assert_all_equal(state, before)
+        assert not {end.y.data_ptr(), end.x.data_ptr()} & {state.y.data_ptr(), state.x.data_ptr()}
+
+
+def test_strides_of_a_state_and_of_its_cotangent(impl):
+    x, a, b, _ = make_inputs(Size(2, 5, 33, None), filters=3)
+    dense, cotangent = make_state(x, a), make_state(x, a, seed=1)
+
+    def run(state, gend):
+        leaves = [t.requires_grad_() for t in (x.detach(), *(part.detach() for part in state))]
+        _, end = iir_scan_with_state(leaves[0], a, b, IIRState(*leaves[1:]), impl=impl)
+        return [*end, *torch.autograd.grad(tuple(end), leaves, tuple(gend))]
+
+    def reversed_strides(state):
+        orders = (3, 2, 1, 0), (2, 1, 0)
+        return IIRState(
+            *(part.permute(o).contiguous().permute(o) for part, o in zip(state, orders, strict=True))
+        )
+
+    assert_all_equal(run(reversed_strides(dense), reversed_strides(cotangent)), run(dense, cotangent))
+
+
+# Packed sequences
+
+
+LENGTHS = {
+    "each-up-to-9": list(range(10)),
+    "uneven": [0, 300, 1, 0, 129, 2],
+    "ends-empty": [0, 5, 0],
+    "few": [150, 0, 133],  # rows that are cut in time, if of one channel
+    "one": [33],
+}
+CHUNKS = {
+    "K-is-S": (None, False),
+    "K-is-1": (None, True),
+    "2": (2, False),
+    "16": (16, False),
+    "128": (128, False),
+}
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("filters", [None, 3])
+def test_packed(impl, filters, lengths, chunk):
+    """Every gradient is that of the sequences one by one: so the oracle computes it."""
+    chunk, one_filter = CHUNKS[chunk]
+    long = lengths in ("uneven", "few")
+    for C in (1, 17) if not long else (1, 3):
+        for dtype, carry in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+            if (long or impl == "reference") and dtype == torch.bfloat16:
+                continue
+            x, a, b, gy, offsets = make_packed_inputs(
+                LENGTHS[lengths], C, chunk, filters=filters, dtype=dtype
+            )
+            if one_filter:
+                a, b = a[:, :, :1], b[:, :, :1]
+            if filters is not None and long:
+                a, b = a[:, :1], b[:, :1]
+            options = {"cu_seqlens": offsets, "chunk": chunk, "carry": carry, "impl": impl}
+            state = make_state(x, a, offsets)
+            check(x, a, b, gy, state=state, **options)
+            check(*channels_last(x), a, None, *channels_last(gy), **options)
+
+
+@pytest.mark.parametrize("filters", [None, 3])
+def test_packed_sequences_share_coefficients_as_rows_do(impl, filters):
+    x, a, b, gy, offsets = make_packed_inputs([7, 0, 20], 5, 4, filters=filters)
+    check(x, a[:, :1], b, gy, cu_seqlens=offsets, chunk=4, impl=impl)
+    check(x, a, b[:, :1], gy, cu_seqlens=offsets, chunk=4, impl=impl)
+    x, a, b, gy, offsets = make_packed_inputs([7, 0, 20], 5, None, filters=filters)
+    check(x, a, b[:, :, :1], gy, cu_seqlens=offsets, impl=impl)
+    check(x, a[:, :, :1], b, gy, cu_seqlens=offsets, impl=impl)
+
+
+def test_all_sequences_are_empty(impl):
+    x, a, b, _, offsets = make_packed_inputs([0, 0, 0], 5, None)
+    state, gend = make_state(x, a, offsets), make_state(x, a, offsets, seed=1)
+    leaves = [t.requires_grad_() for t in (a, b, *state)]
+    y, end = iir_scan_with_state(x, a, b, IIRState(*leaves[2:]), cu_seqlens=offsets, impl=impl)
+    assert y.shape == (1, 5, 0)
+    assert_all_equal(end, state)
+    gradients = torch.autograd.grad(tuple(end), leaves, tuple(gend), materialize_grads=True)
+    assert_all_equal(gradients, (torch.zeros_like(a), torch.zeros_like(b), *gend))
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_packing_equal_sequences_is_a_batch(impl, chunk):
+    """The states and results of a batch, its rows put one after another."""
+    x, a, b, gy = make_inputs(Size(3, 5, 33, chunk))
+    offsets = 33 * torch.arange(4)
+    expected = expected_results(x, a, b, gy, chunk=chunk)
+    packed = [t.movedim(0, 1).flatten(1, 2)[None] for t in (x, a, b)]
+    y, end = iir_scan_with_state(*packed, chunk=chunk, cu_seqlens=offsets, impl=impl)
+    y = y[0].unflatten(-1, (3, 33)).movedim(1, 0)
+    for name, result in {"y": y, "end_y": end.y, "end_x": end.x}.items():
+        assert_matches_reference(result, *expected[name], name=name)
+
+
+@pytest.mark.parametrize("form", ["int32", "strided", "strided-int32"])
+def test_form_of_cu_seqlens(impl, form):
+    x, a, b, _, offsets = make_packed_inputs([3, 0, 9], 5, 4)
+    other = offsets.int() if "int32" in form else offsets
+    if "strided" in form:
+        other = torch.stack([other, other + 1], -1)[:, 0]
+    want = iir_scan(x, a, b, cu_seqlens=offsets, chunk=4, impl=impl)
+    assert torch.equal(iir_scan(x, a, b, cu_seqlens=other, chunk=4, impl=impl), want)
+
+
+def test_sequences_have_no_history_of_each_other(impl):
+    x, a, b, gy, offsets = make_packed_inputs([40, 200, 3], 5, 16)
+
+    def run(x, gy):
+        leaf = x.detach().requires_grad_()
+        y = iir_scan(leaf, a, b, cu_seqlens=offsets, chunk=16, impl=impl)
+        return y, torch.autograd.grad(y, leaf, gy)[0]
+
+    clean = run(x, gy)
+    louder, louder_gy = x.clone(), gy.clone()
+    louder[..., 40:240] *= 2
+    louder_gy[..., 40:240] *= 2
+    for before, after in zip(clean, run(louder, louder_gy), strict=True):
+        assert torch.equal(before[..., :40], after[..., :40])
+        assert torch.equal(before[..., 240:], after[..., 240:])
+        assert (before[..., 40:240] != after[..., 40:240]).all()
+
+
+# Steps
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("numerator", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filters", [None, 1, 3])
+def test_a_step_is_a_scan_of_one_sample(impl, filters, dtype, numerator, shared):
+    x, a, b, gy = make_inputs(Size(3, 17, 1, None), filters=filters, dtype=dtype)
+    if shared:
+        a, b = a[:1], b[:, :1]
+    b = b if numerator else None
+    state, gend = make_state(x, a), make_state(x, a, seed=1)
+    leaves = {"gx": x[..., 0], "ga": a[:, :, 0], "gstate_y": state.y, "gstate_x": state.x}
+    if numerator:
+        leaves["gb"] = b[:, :, 0]
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    before = IIRState(leaves["gstate_y"], leaves["gstate_x"])
+    y, end = iir_step(leaves["gx"], leaves["ga"], leaves.get("gb"), before, impl=impl)
+    gradients = torch.autograd.grad((y, *end), list(leaves.values()), (gy[..., 0], *gend))
+    results = {"y": y, "end_y": end.y, "end_x": end.x, **dict(zip(leaves, gradients, strict=True))}
+
+    expected = expected_results(x, a, b, gy, state, gend)
+    for name, (value, budget) in expected.items():
+        if name in ("y", "gx"):
+            value, budget = value[..., 0], budget[..., 0]
+        elif name in ("ga", "gb"):
+            value, budget = value[:, :, 0], budget[:, :, 0]
+        assert_matches_reference(results[name], value, budget, name=name)
+    assert results["y"].dtype == results["gx"].dtype == dtype
+    assert results["end_y"].dtype == results["ga"].dtype == a.dtype
+
+
+@pytest.mark.parametrize("filters", [None, 3])
+def test_step_by_step_is_one_scan(impl, filters):
+    """50 steps, with new coefficients every 7, and the gradients through all of them."""
+    x, a, b, gy = make_inputs(Size(2, 5, 50, 7), filters=filters)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    state, ys = None, []
+    for t in range(50):
+        y, state = iir_step(x[..., t], a[:, :, t // 7], b[:, :, t // 7], state, impl=impl)
+        ys.append(y)
+    gend = make_state(x, a, seed=1)
+    gradients = torch.autograd.grad((torch.stack(ys, -1), *state), leaves, (gy, *gend))
+    expected = expected_results(x, a, b, gy, None, gend, chunk=7)
+    results = torch.stack(ys, -1), *state, *gradients
+    for name, result in zip(("y", "end_y", "end_x", "gx", "ga", "gb"), results, strict=True):
+        assert_matches_reference(result, *expected[name], name=name)
+
+
+def test_decoding_after_a_scan(impl):
+    """A prompt in parallel, then sample by sample, is one scan."""
+    x, a, b, gy = make_inputs(Size(2, 5, 60, None), filters=2)
+    y, state = iir_scan_with_state(x[..., :40], a, b, impl=impl)
+    ys = [y]
+    for t in range(40, 60):
+        y, state = iir_step(x[..., t], a[:, :, 0], b[:, :, 0], state, impl=impl)
+        ys.append(y.unsqueeze(-1))
+    assert_matches_reference(torch.cat(ys, -1), *expected_results(x, a, b, gy)["y"])
+
+
+def test_a_step_writes_to_nothing_it_was_given(impl):
+    x, a, b, _ = make_inputs(Size(2, 17, 1, None), filters=3)
+    inputs = x[..., 0], a[:, :, 0], b[:, :, 0], *make_state(x, a)
+    before = [t.clone() for t in inputs]
+    y, end = iir_step(*inputs[:3], IIRState(*inputs[3:]), impl=impl)
+    assert_all_equal(inputs, before)
+    assert not {t.data_ptr() for t in (y, *end)} & {t.data_ptr() for t in inputs}
+
+
+def test_strides_of_a_step(impl):
+    x, a, b, _ = make_inputs(Size(6, 5, 1, None), filters=3)
+    dense = x[..., 0], a[:, :, 0], b[:, :, 0], make_state(x, a)
+
+    def strided(t):
+        order = range(t.dim() - 1, -1, -1)
+        return t.permute(*order).contiguous().permute(*order)
+
+    y, end = iir_step(*map(strided, dense[:3]), IIRState(*map(strided, dense[3])), impl=impl)
+    want_y, want = iir_step(*dense, impl=impl)
+    assert_all_equal((y, *end), (want_y, *want))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
+def test_a_step_of_no_rows(impl, shape):
+    x, a, b, _ = make_inputs(Size(*shape, 1, None))
+    leaves = [t.requires_grad_() for t in (x[..., 0], a[:, :, 0], b[:, :, 0])]
+    y, end = iir_step(*leaves, make_state(x, a), impl=impl)
+    assert y.shape == shape
+    assert end.y.shape == end.x.shape == (*shape, 2)
+    gradients = torch.autograd.grad(y.sum() + end.y.sum(), leaves)
+    assert_all_equal(gradients, map(torch.zeros_like, leaves))
+
+
+# Cascades
+
+
+def make_sections(count, dtype, *, radius=0.9, seed=0):
+    _, a, b, _ = make_inputs(Size(1, count, 1, None), radius=radius, dtype=dtype, seed=seed)
+    a, b = a[0, :, 0], b[0, :, 0] / 2
+    return torch.cat([b, torch.ones(count, 1).to(a), a], -1)
+
+
+SHAPES = {
+    "time": lambda T: torch.randn(T),
+    "rows": lambda T: torch.randn(3, T),
+    "batch": lambda T: torch.randn(2, 3, T),
+    "view": lambda T: torch.randn(2, T, 3).mT,
+    "many": lambda T: torch.randn(2, 17, T),
+    "many-view": lambda T: torch.randn(2, T, 17).mT,
+    "every-other": lambda T: torch.randn(2, 5, 2 * T)[..., ::2],
+    "four-axes": lambda T: torch.randn(2, 2, 3, T),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sections", range(1, 10))
+def test_sosfilt_is_scipys(impl, sections, shape):
+    signal = pytest.importorskip("scipy.signal")
+    torch.manual_seed(0)
+    x, sos = SHAPES[shape](40).double(), make_sections(sections, torch.float64)
+    y = sosfilt(x, sos, impl=impl)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, torch.from_numpy(signal.sosfilt(sos.numpy(), x.numpy())))
+
+
+def test_sosfilt_of_a_long_design(impl):
+    """A Butterworth filter of order 8, whose polynomial would have lost its digits."""
+    signal = pytest.importorskip("scipy.signal")
+    sos = signal.butter(8, [50, 200], "bandpass", fs=48_000, output="sos")
+    torch.manual_seed(0)
+    x = torch.randn(1, 2000 if impl == "reference" else 20_000, dtype=torch.float64)
+    y = sosfilt(x, torch.from_numpy(sos), impl=impl)
+    # scipy runs the transposed form, in the same precision: near z = 1 a rounding is 1e5 times amplified.
+    torch.testing.assert_close(y, torch.from_numpy(signal.sosfilt(sos, x.numpy())), rtol=1e-6, atol=1e-9)
+
+
+def expected_cascade(x, sos, gy):
+    """y and the gradient of x, and what rounding explains: the budget of each section, filtered by the rest.
+
+    What a section is given is stored in x's dtype, or not rounded at all.
+    """
+    sections = [(s[4:].view(1, 1, 1, 2), s[:3].view(1, 1, 1, 3)) for s in sos]
+    zeros = torch.zeros_like(x)
+    eps = torch.finfo(x.dtype).eps
+    responses = [
+        reference.iir_scan(torch.eye(x.shape[-1], dtype=torch.float64)[None], a.double(), b.double())[0].abs()
+        for a, b in sections
+    ]
+
+    def walk(signal, budget_of):
+        value, error = signal.double(), torch.zeros_like(signal, dtype=torch.float64)
+        for value_of, budget, response in budget_of:
+            stored = value.to(x.dtype)  # what a section is given, at most half a unit off
+            error = error + eps * value.abs()
+            value, error = value_of(value), error @ response + budget(stored)
+        return value, error
+
+    def forward(a, b):
+        return (
+            lambda v: reference.iir_scan(v, a.double(), b.double()),
+            lambda v: expected_results(v, a, b, zeros)["y"].budget,
+        )
+
+    def backward(a, b):
+        return (
+            lambda g: reference.iir_scan(g.flip(-1), a.double(), b.double()).flip(-1),
+            lambda g: expected_results(zeros, a, b, g)["gx"].budget,
+        )
+
+    y = walk(x, [(*forward(*s), r) for s, r in zip(sections, responses, strict=True)])
+    back = list(zip(sections, responses, strict=True))[::-1]
+    return y, walk(gy, [(*backward(*s), r.mT) for s, r in back])
+
+
+@pytest.mark.parametrize("shape", ["batch", "view", "many", "many-view"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sections", [1, 2, 3, 6, 9])
+def test_sosfilt_is_as_precise_as_its_sections(impl, sections, dtype, shape):
+    torch.manual_seed(0)
+    x = SHAPES[shape](150 if impl != "reference" else 40)
+    x, gy = x.to(dtype), torch.randn_like(x).to(dtype)
+    sos = make_sections(sections, torch.float32 if dtype.itemsize == 2 else dtype)
+    leaf = x.detach().requires_grad_()
+    y = sosfilt(leaf, sos, impl=impl)
+    gx = torch.autograd.grad(y, leaf, gy)[0]
+    expected_y, expected_gx = expected_cascade(x, sos, gy)
+    assert_matches_reference(y, *expected_y, name="y")
+    assert_matches_reference(gx, *expected_gx, name="gx")
+    assert y.dtype == gx.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", ["time", "batch", "many", "many-view"])
+@pytest.mark.parametrize("sections", [1, 4, 9])
+def test_gradients_of_sosfilt(impl, sections, shape):
+    """Through the reference, section by section, with their a0."""
+    torch.manual_seed(0)
+    x, sos = SHAPES[shape](40).double(), make_sections(sections, torch.float64)
+    sos = sos * torch.linspace(0.5, 2, sections).double().unsqueeze(-1)
+    gy = torch.randn_like(x)
+
+    def run(filtered):
+        leaves = [t.detach().requires_grad_() for t in (x, sos)]
+        y = filtered(*leaves)
+        return y, *torch.autograd.grad(y, leaves, gy)
+
+    torch.testing.assert_close(run(lambda x, sos: sosfilt(x, sos, impl=impl)), run(reference.sosfilt))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,)], ids=str)
+@pytest.mark.parametrize("shape", ["batch", "many"])
+def test_only_some_gradients_of_sosfilt(impl, shape, wanted):
+    torch.manual_seed(0)
+    inputs = SHAPES[shape](20), make_sections(3, torch.float32)
+
+    def run(wanted):
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        sosfilt(*leaves, impl=impl).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    full = run((0, 1))
+    for i, grad in enumerate(run(wanted)):
+        assert torch.equal(grad, full[i]) if i in wanted else grad is None
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0, 9)], ids=str)
+def test_sosfilt_of_no_rows(impl, shape):
+    leaves = [t.requires_grad_() for t in (torch.zeros(shape), make_sections(2, torch.float32))]
+    y = sosfilt(*leaves, impl=impl)
+    assert y.shape == shape
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    assert_all_equal(gradients, map(torch.zeros_like, leaves))
