@@ -206,6 +206,29 @@ def test_coefficients_of_every_sample(impl, layout, layout_of_x, carry):
         check(x, a, chunk=1, carry=carry, impl=impl)
 
 
+@pytest.mark.parametrize("time", [256, 511, 514, 1025])
+def test_coefficients_of_every_sample_of_longer_signals(native, time):
+    """The CPU kernel hands over from tile to tile, of 512 samples in float32."""
+    torch.manual_seed(0)
+    for C in (1, 3):
+        x, a, b = torch.randn(2, C, time), 0.3 * torch.randn(2, C, time, 2), torch.randn(2, C, time, 3)
+        check(x, a, b, chunk=1, impl=native)
+        check(x.double(), a.double(), chunk=1, impl=native)
+
+
+def test_a_large_call_with_coefficients_of_every_sample_is_its_rows(native):
+    """More than 8 MiB of results, which the kernel writes past the caches; a row alone is less."""
+    torch.manual_seed(0)
+    C, T = 3, 2**20 + 5
+    x, gy = torch.randn(1, C, T), torch.randn(1, C, T)
+    a, b = 0.3 * torch.randn(1, C, T, 2), torch.randn(1, C, T, 3)
+    large = output_and_gradients(x, a, b, gy, chunk=1, impl=native)
+    for c in range(C):
+        row = slice(c, c + 1)
+        alone = output_and_gradients(*(t[:, row] for t in (x, a, b, gy)), chunk=1, impl=native)
+        assert_all_equal({name: t[:, row] for name, t in large.items()}, alone)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("time", [2**17, 2**17 + 5])
 def test_a_large_call_is_its_chunks(native, layout, time):

@@ -8,6 +8,7 @@ namespace {
 template <class E>
 const IirScanFunctions<E>& functions(const IirScan<E>& p) {
   const bool short_chunks = p.chunk < kShortChunk && p.chunk < p.time;
+  if (p.filters == 1 && p.chunk == 1 && p.carry && !p.channels_last) return iir_scan_samples.of<E>();
   if (p.filters > 1 || short_chunks) return iir_scan_tiles.of<E>();
   if (p.channels_last) return iir_scan_channels.of<E>();
   // A row at a time takes 2 to 3 times the cycles of a row among others in the lanes.

@@ -5,10 +5,11 @@
 
 namespace fastkit::FASTKIT_ISA {
 
-// One filter, whose chunks are no shorter than kShortChunk:
+// One filter, whose chunks are no shorter than kShortChunk, or of one sample:
 extern const IirScanKernels iir_scan_rows;      // time has stride 1
 extern const IirScanKernels iir_scan_channels;  // channels have stride 1
 extern const IirScanKernels iir_scan_time;      // time has stride 1, few rows: one row at a time, cut into the lanes
+extern const IirScanKernels iir_scan_samples;   // time has stride 1, chunks of one sample, carried on
 // Anything, either stride: banks, cascades (forward only), coefficients that change every few samples.
 extern const IirScanKernels iir_scan_tiles;
 

@@ -207,7 +207,7 @@ class Segments {
         for (int i = 0; i < K; ++i) {
           const E* at = x + (j + i) * n + s;
           const Vec<T> xs = load(at);
-          if (s % kLine<E> == 0) prefetch(at + (kReverse ? -W : W) * n);  // of the next tile
+          if (s % kLine<E> == 0) prefetch(at + (kReverse ? -2 * W : 2 * W) * n);  // of a tile to come
           su[i] += xs * us, sv[i] += xs * vs;
         }
       }
@@ -303,6 +303,7 @@ class Forward {
           if constexpr (kStream) {
             stream(y + i * n + s + q * W, v[q][i]);
           } else {
+            if (s % L == 0) prefetch_near(y + (i + W) * n + s);  // of the next tile
             store(y + i * n + s + q * W, v[q][i]);
           }
         }
@@ -484,6 +485,7 @@ class Backward {
           if constexpr (kStream) {
             stream(gx + s, g);
           } else {
+            if (s % L == 0) prefetch_near(gx + s - kTile);  // of the next tile
             store(gx + s, g);
           }
         }

@@ -144,6 +144,26 @@ FASTKIT_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+// Of single numbers.
+FASTKIT_INLINE float fma_one(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FASTKIT_INLINE double fma_one(double a, double b, double c) {
+#ifdef __FMA__
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+template <class T>
+FASTKIT_INLINE T fnma_one(T a, T b, T c) {
+  return fma_one(-a, b, c);
+}
+
 // --- memory --------------------------------------------------------------------------------------------------
 
 template <class E>
@@ -243,6 +263,9 @@ FASTKIT_INLINE E rounded(Arithmetic<E> value) {
 
 // Into the second-level cache; any address will do.
 FASTKIT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Into the first-level cache: of what is soon written, whose line is read first.
+FASTKIT_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 FASTKIT_INLINE bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; }
 
