@@ -1,4 +1,5 @@
-// iir_scan: tensors -> raw pointers and strides, for the CPU.
+// iir_scan: tensors -> raw pointers and strides, for the CPU and CUDA.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,7 +10,9 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/stream.h"
 #include "fastkit/iir_scan.h"
+#include "fastkit/iir_scan_cuda.h"
 
 namespace fastkit {
 namespace {
@@ -24,8 +27,13 @@ constexpr int64_t kSerialSamples = 32768;           // less work than this is no
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // results of this size or more are written past the caches
 
 constexpr int64_t kOneChunk = int64_t{1} << 62;      // the chunk of one filter for all of a sequence
+constexpr int64_t kLongestCuda = (int64_t{1} << 31) - 65536;  // its kernels count samples of a row in 32 bits
 
 constexpr int kChannels = 1, kTime = 2;
+
+bool together(const Tensor& x, const Tensor& t) {
+  return (t.is_cpu() || t.is_cuda()) && t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index();
+}
 
 bool has_unit_stride(const Tensor& x, int axis) { return x.stride(axis) == 1 || x.size(axis) == 1; }
 
@@ -55,33 +63,82 @@ struct Layout {
   }
 };
 
-// Where packed sequences begin, and their chunks.
-struct Packing {
-  std::vector<int64_t> offsets, first_chunks;
+#ifdef FASTKIT_WITH_CUDA
+// What a launcher asks for; freed when its work has been launched, which PyTorch's allocator allows on one stream.
+struct Memory {
+  const Tensor& like;
+  std::vector<Tensor> blocks;
 
-  Packing(const Tensor& cu_seqlens, int64_t total, int64_t chunk) {
-    FASTKIT_CHECK(cu_seqlens.is_cpu() && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
-                  "iir_scan: cu_seqlens must be on the CPU and have shape (S + 1,)");
+  void* operator()(int64_t bytes) {
+    blocks.push_back(new_empty(like, {bytes}, ScalarType::Byte));
+    return blocks.back().data_ptr();
+  }
+};
+
+void check_launch(const char* error) {
+  FASTKIT_CHECK(error == nullptr, "iir_scan: a CUDA kernel could not be launched: ", error);
+}
+#endif
+
+// Where packed sequences begin, and their chunks. On the GPU the values are not looked at, but made to fit.
+struct Packing {
+  std::vector<int64_t> values;
+  std::optional<Tensor> device_values;
+  int64_t sequences;
+  const int64_t *offsets, *first_chunks;
+
+  Packing(const Tensor& cu_seqlens, const Tensor& x, int64_t chunk)
+      : sequences(cu_seqlens.dim() == 1 ? cu_seqlens.size(0) - 1 : -1) {
+    FASTKIT_CHECK(together(x, cu_seqlens) && sequences >= 0,
+                  "iir_scan: cu_seqlens must be on the device of x and have shape (S + 1,)");
+    const bool narrow = cu_seqlens.scalar_type() == ScalarType::Int;
+    FASTKIT_CHECK(narrow || cu_seqlens.scalar_type() == ScalarType::Long,
+                  "iir_scan: cu_seqlens must be int32 or int64");
     const Tensor dense = contiguous(cu_seqlens);
-    const int64_t count = dense.size(0);
-    if (dense.scalar_type() == ScalarType::Int) {
+    if (x.is_cuda()) {
+      device_values = new_empty(dense, {2 * (sequences + 1)}, ScalarType::Long);
+      auto* data = static_cast<int64_t*>(device_values->data_ptr());
+      offsets = data, first_chunks = data + sequences + 1;
+#ifdef FASTKIT_WITH_CUDA
+      void* const stream = current_stream(x.get_device_index());
+      const bool one = chunk == kOneChunk;
+      const auto unpack = [&](const auto* values) {
+        check_launch(
+            iir_scan_unpack_cuda(values, sequences, x.size(2), chunk, one, data, data + sequences + 1, stream));
+      };
+      if (narrow) {
+        unpack(static_cast<const int32_t*>(dense.data_ptr()));
+      } else {
+        unpack(static_cast<const int64_t*>(dense.data_ptr()));
+      }
+#endif
+      return;
+    }
+    if (narrow) {
       const auto* data = static_cast<const int32_t*>(dense.data_ptr());
-      offsets.assign(data, data + count);
+      values.assign(data, data + sequences + 1);
     } else {
-      FASTKIT_CHECK(dense.scalar_type() == ScalarType::Long, "iir_scan: cu_seqlens must be int32 or int64");
       const auto* data = static_cast<const int64_t*>(dense.data_ptr());
-      offsets.assign(data, data + count);
+      values.assign(data, data + sequences + 1);
     }
-    FASTKIT_CHECK(offsets[0] == 0, "iir_scan: cu_seqlens must start at 0, got ", offsets[0],
+    const int64_t total = x.size(2);
+    FASTKIT_CHECK(values[0] == 0, "iir_scan: cu_seqlens must start at 0, got ", values[0],
                   "; it holds S + 1 offsets, the first of them 0");
-    first_chunks.push_back(0);
-    for (int64_t s = 0; s + 1 < count; ++s) {
-      FASTKIT_CHECK(offsets[s + 1] >= offsets[s], "iir_scan: cu_seqlens must not decrease, got ", offsets[s], " before ",
-                    offsets[s + 1], " at index ", s + 1, "; pass cumulative lengths, not lengths");
-      first_chunks.push_back(first_chunks.back() + chunks_of(offsets[s + 1] - offsets[s], chunk));
+    values.push_back(0);
+    for (int64_t s = 0; s < sequences; ++s) {
+      FASTKIT_CHECK(values[s + 1] >= values[s], "iir_scan: cu_seqlens must not decrease, got ", values[s], " before ",
+                    values[s + 1], " at index ", s + 1, "; pass cumulative lengths, not lengths");
+      values.push_back(values.back() + chunks_of(values[s + 1] - values[s], chunk));
     }
-    FASTKIT_CHECK(offsets.back() == total, "iir_scan: cu_seqlens must end at the number of samples, ", total,
-                  ", got ", offsets.back(), "; x must hold exactly the packed sequences");
+    FASTKIT_CHECK(values[sequences] == total, "iir_scan: cu_seqlens must end at the number of samples, ", total,
+                  ", got ", values[sequences], "; x must hold exactly the packed sequences");
+    offsets = values.data(), first_chunks = values.data() + sequences + 1;
+  }
+
+  // With a gradient of their own.
+  int64_t chunks(const Tensor& a, int64_t chunk) const {
+    if (device_values) return chunk == kOneChunk ? sequences : a.size(2);
+    return first_chunks[sequences];
   }
 
   static int64_t chunks_of(int64_t length, int64_t chunk) {
@@ -103,7 +160,10 @@ struct Arguments {
   Arguments(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& state_y,
             const std::optional<Tensor>& state_x, const std::optional<Tensor>& cu_seqlens, int64_t chunk, bool carry)
       : x(x), a(a), b(b), chunk(chunk), carry(carry) {
-    FASTKIT_CHECK(x.is_cpu() && x.dim() == 3, "iir_scan: x must be on the CPU and have shape (B, C, T)");
+    FASTKIT_CHECK((x.is_cpu() || x.is_cuda()) && x.dim() == 3,
+                  "iir_scan: x must be on the CPU or a GPU and have shape (B, C, T)");
+    FASTKIT_CHECK(x.is_cpu() || x.size(2) < kLongestCuda, "iir_scan: on a GPU x must have T < ", kLongestCuda, ", got ",
+                  x.size(2), "; filter it in pieces, with iir_scan_with_state");
     FASTKIT_CHECK(chunk >= 1, "iir_scan: chunk must be >= 1, got ", chunk);
     FASTKIT_CHECK(a.dim() == 4 || a.dim() == 5, "iir_scan: a must have 4 or 5 axes");
     bank = a.dim() == 5;
@@ -111,9 +171,9 @@ struct Arguments {
     FASTKIT_CHECK(filters >= 1, "iir_scan: a must have a filter");
     if (cu_seqlens) {
       FASTKIT_CHECK(x.size(0) == 1, "iir_scan: with cu_seqlens x must have shape (1, C, total)");
-      packing.emplace(*cu_seqlens, x.size(2), chunk);
-      chunks = packing->first_chunks.back();
-      batch = static_cast<int64_t>(packing->offsets.size()) - 1;
+      packing.emplace(*cu_seqlens, x, chunk);
+      chunks = packing->chunks(a, chunk);
+      batch = packing->sequences;
       FASTKIT_CHECK(a.size(2) == chunks || (chunk == kOneChunk && a.size(2) == 1), "iir_scan: a must have K = ",
                     chunks, " chunks for these cu_seqlens", chunk == kOneChunk ? ", one a sequence, or 1" : "",
                     ", got ", a.size(2), "; chunks restart at every sequence: K is the sum of ceil(length / chunk)");
@@ -145,17 +205,18 @@ struct Arguments {
   std::optional<Tensor> state(const char* name, const std::optional<Tensor>& t, bool each_filter) const {
     if (!t) return std::nullopt;
     const std::vector<int64_t> shape = of_state(each_filter);
-    bool fits = t->is_cpu() && t->scalar_type() == arithmetic(x) && t->dim() == static_cast<int64_t>(shape.size());
+    bool fits = together(x, *t) && t->scalar_type() == arithmetic(x) && t->dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i) fits = t->size(static_cast<int64_t>(i)) == shape[i];
-    FASTKIT_CHECK(fits, "iir_scan: ", name, " must be on the CPU, have the dtype of the coefficients and shape (",
+    FASTKIT_CHECK(fits, "iir_scan: ", name,
+                  " must be on the device of x and have the dtype of the coefficients and shape (",
                   packing ? "S" : "B", ", C, ", each_filter && bank ? "F, 2)" : "2)");
     return contiguous(*t);
   }
 
  private:
   void check_coefficients(const char* name, const Tensor& c, int64_t taps) const {
-    FASTKIT_CHECK(c.is_cpu() && c.scalar_type() == arithmetic(x), "iir_scan: ", name,
-                  " must be on the CPU and have x's dtype, float32 for half precision");
+    FASTKIT_CHECK(together(x, c) && c.scalar_type() == arithmetic(x), "iir_scan: ", name,
+                  " must be on the device of x and have its dtype, float32 for half precision");
     const int64_t last = bank ? 4 : 3;
     FASTKIT_CHECK(c.dim() == a.dim() && (c.size(0) == 1 || c.size(0) == x.size(0)) &&
                       (c.size(1) == 1 || c.size(1) == x.size(1)) &&
@@ -199,9 +260,9 @@ T* results(const Tensor& t, bool wanted) {
 }
 
 void check_like(const char* name, const Tensor& g, const Tensor& x) {
-  FASTKIT_CHECK(g.is_cpu() && g.scalar_type() == x.scalar_type() && g.dim() == 3 && g.size(0) == x.size(0) &&
+  FASTKIT_CHECK(together(x, g) && g.scalar_type() == x.scalar_type() && g.dim() == 3 && g.size(0) == x.size(0) &&
                     g.size(1) == x.size(1) && g.size(2) == x.size(2),
-                "iir_scan: ", name, " must be on the CPU and have x's shape and dtype");
+                "iir_scan: ", name, " must have x's device, shape and dtype");
 }
 
 // The call's shape, coefficients and state.
@@ -221,24 +282,50 @@ void describe(IirScan<E>& p, const Arguments& call, const Layout& layout) {
   const int64_t line = 64 / static_cast<int64_t>(sizeof(E));
   const int64_t wanted = p.channels * std::max<int64_t>(p.batch, 1) / std::max<int64_t>(threads, 1);
   p.block = std::clamp<int64_t>((wanted + line - 1) / line * line, line, kIirScanBlock<T>);
-  if (call.packing) p.offsets = call.packing->offsets.data(), p.first_chunks = call.packing->first_chunks.data();
+  if (call.packing) p.offsets = call.packing->offsets, p.first_chunks = call.packing->first_chunks;
   p.a = coefficients<T>(call.a, call.bank);
   if (call.b) p.b = coefficients<T>(*call.b, call.bank);
   p.state_y = values<T>(call.state_y), p.state_x = values<T>(call.state_x);
 }
 
-template <class E>
-int64_t count_units(const IirScan<E>& p) {
-  return iir_scan_kernels().of<E>().units(p);
-}
-
 template <class Problem>
-void run(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& p) {
-  if (p.batch * p.channels == 0) return;
+void run_cpu(void (*kernel)(const Problem&, int64_t, int64_t), int64_t units, const Problem& p) {
   const int64_t samples = std::max<int64_t>(p.time * p.channels * (p.offsets == nullptr ? p.batch : 1), 1);
-  const int64_t units = count_units(p);
   const int64_t grain = kSerialSamples * units / (samples * p.filters) + 1;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+template <class E>
+void run(const IirScanForward<E>& p, const Tensor& x) {
+  if (p.batch * p.channels == 0) return;
+  if (x.is_cpu()) {
+    const auto& kernels = iir_scan_kernels().of<E>();
+    return run_cpu(kernels.forward, kernels.units(p), p);
+  }
+#ifdef FASTKIT_WITH_CUDA
+  Memory memory{x, {}};
+  check_launch(iir_scan_forward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
+#endif
+}
+
+template <class E>
+void run(const IirScanBackward<E>& p, const Tensor& x) {
+  if (p.batch * p.channels == 0) return;
+  if (x.is_cpu()) {
+    const auto& kernels = iir_scan_kernels().of<E>();
+    return run_cpu(kernels.backward, kernels.units(p), p);
+  }
+#ifdef FASTKIT_WITH_CUDA
+  Memory memory{x, {}};
+  check_launch(iir_scan_backward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
+#endif
+}
+
+using torch::stable::accelerator::DeviceGuard;
+
+// Makes x's device the current one.
+std::optional<DeviceGuard> guard(const Tensor& x) {
+  return x.is_cuda() ? std::optional<DeviceGuard>(std::in_place, x.get_device_index()) : std::nullopt;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> iir_scan_fwd(const Tensor& x, const Tensor& a,
@@ -247,13 +334,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> iir_scan_fwd(const Tensor& x, const T
                                                         const std::optional<Tensor>& state_x,
                                                         const std::optional<Tensor>& cu_seqlens, int64_t chunk,
                                                         bool carry, bool needs_end, bool needs_borders) {
+  const auto device = guard(x);
   const Arguments call(x, a, b, state_y, state_x, cu_seqlens, chunk, carry);
   Tensor y = empty_like(x);
+  if (call.packing && x.is_cuda()) zero_(y);  // offsets that do not fit may leave samples out
   const auto when = [&](bool wanted, const std::vector<int64_t>& shape) {
     return wanted ? new_empty(a, shape) : new_empty(a, {0});
   };
   Tensor end_y = when(needs_end, call.of_state(true)), end_x = when(needs_end, call.of_state(false));
-  Tensor borders = when(needs_borders, {x.size(0), call.borders(), call.filters, 2, x.size(1)});
+  const bool has_borders = needs_borders && x.is_cpu();  // on a GPU, backward walks a bank's filters again
+  Tensor borders = when(has_borders, {x.size(0), call.borders(), call.filters, 2, x.size(1)});
   const Layout layout(y);
   const Tensor in = layout.readable(x, y), out = layout.writable(y);
   dispatch_floating("iir_scan", x, [&](auto zero) {
@@ -264,8 +354,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> iir_scan_fwd(const Tensor& x, const T
     p.x = input<E>(in, call);
     p.y = output<E>(out, call);
     p.end_y = results<T>(end_y, needs_end), p.end_x = results<T>(end_x, needs_end);
-    p.borders = results<T>(borders, needs_borders);
-    run(iir_scan_kernels().of<E>().forward, p);
+    p.borders = results<T>(borders, has_borders);
+    run<E>(p, x);
   });
   layout.finish(y, out);
   return {y, end_y, end_x, borders};
@@ -276,12 +366,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iir_scan_bwd(
     const std::optional<Tensor>& y, const std::optional<Tensor>& borders, const Tensor& a,
     const std::optional<Tensor>& b, const std::optional<Tensor>& state_y, const std::optional<Tensor>& state_x,
     const std::optional<Tensor>& cu_seqlens, int64_t chunk, bool carry, bool needs_x, bool needs_coefficients) {
+  const auto device = guard(x);
+  if (x.is_cuda() && a.dim() == 5 && x.scalar_type() != a.scalar_type()) {  // a bank's sums round once
+    const auto wide = [&](const Tensor& t) { return torch::stable::to(t, a.scalar_type()); };
+    auto [sum, ga, gb, gstate_y, gstate_x] =
+        iir_scan_bwd(wide(gy), gend_y, gend_x, wide(x), std::nullopt, borders, a, b, state_y, state_x, cu_seqlens,
+                     chunk, carry, needs_x, needs_coefficients);
+    Tensor gx = needs_x ? empty_like(x) : new_empty(x, {0});
+    if (needs_x) copy_(gx, sum);
+    return {gx, ga, gb, gstate_y, gstate_x};
+  }
   const Arguments call(x, a, b, state_y, state_x, cu_seqlens, chunk, carry);
   check_like("gy", gy, x);
   if (call.filters == 1) {
     FASTKIT_CHECK(y.has_value(), "iir_scan: the backward of a single filter takes y");
     check_like("y", *y, x);
-  } else {
+  } else if (x.is_cpu()) {
     FASTKIT_CHECK(borders && borders->is_cpu() && borders->scalar_type() == a.scalar_type() &&
                       borders->dim() == 5 && borders->size(0) == x.size(0) && borders->size(1) == call.borders() &&
                       borders->size(2) == call.filters && borders->size(3) == 2 && borders->size(4) == x.size(1),
@@ -289,6 +389,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iir_scan_bwd(
   }
   const std::optional<Tensor> end_y = call.state("gend_y", gend_y, true), end_x = call.state("gend_x", gend_x, false);
   Tensor gx = needs_x ? empty_like(x) : new_empty(x, {0});
+  if (needs_x && call.packing && x.is_cuda()) zero_(gx);
   const auto when = [&](bool wanted, const std::vector<int64_t>& shape) {
     return wanted ? new_empty(a, shape) : new_empty(a, {0});
   };
@@ -317,13 +418,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iir_scan_bwd(
     p.ga = results<T>(ga, needs_coefficients), p.gb = results<T>(gb, needs_coefficients && b);
     p.gstate_y = results<T>(gstate_y, state_y.has_value());
     p.gstate_x = results<T>(gstate_x, state_x.has_value());
-    run(iir_scan_kernels().of<E>().backward, p);
+    run<E>(p, x);
   });
   if (needs_x) layout.finish(gx, out);
   return {gx, ga, gb, gstate_y, gstate_x};
 }
 
 Tensor sosfilt_fwd(const Tensor& x, const Tensor& a, const Tensor& b) {
+  FASTKIT_CHECK(x.is_cpu(), "sosfilt: x must be on the CPU");
   FASTKIT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(0), "sosfilt: a must be (S, 2) and b (S, 3)");
   // A bank's axes, without a copy: one batch entry, channel and chunk.
   const Tensor sections_a = torch::stable::view(contiguous(a), {1, 1, 1, a.size(0), 2});
@@ -340,7 +442,7 @@ Tensor sosfilt_fwd(const Tensor& x, const Tensor& a, const Tensor& b) {
     p.cascade = true;
     p.x = input<E>(in, call);
     p.y = output<E>(out, call);
-    run(iir_scan_kernels().of<E>().forward, p);
+    run<E>(p, x);
   });
   layout.finish(y, out);
   return y;
@@ -399,3 +501,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastkit, CPU, m) {
   m.impl("sosfilt_fwd", TORCH_BOX(&fastkit::sosfilt_fwd));
   m.impl("iir_step_fwd", TORCH_BOX(&fastkit::iir_step_fwd));
 }
+
+#ifdef FASTKIT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastkit, CUDA, m) {
+  m.impl("iir_scan_fwd", TORCH_BOX(&fastkit::iir_scan_fwd));
+  m.impl("iir_scan_bwd", TORCH_BOX(&fastkit::iir_scan_bwd));
+}
+#endif

@@ -16,7 +16,11 @@ const char* isa_refusal();  // null, or what is wrong with FASTKIT_CPU_ISA; then
 
 // For functions of headers that every ISA compiles: were one not inlined, the linker would keep a single copy, perhaps
 // that of an instruction set which the CPU does not have.
+#ifdef __CUDACC__
+#define FASTKIT_ALWAYS_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTKIT_ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
 
 // FASTKIT_TABLE(Kernels, kernels) declares the tables that the per-ISA copies of a kernel file define, and
 // kernels(isa), the one to use.

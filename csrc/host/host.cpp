@@ -94,7 +94,10 @@ void backward(const std::string& isa, const Array<T>& gy, const Array<T>& x, con
 
 }  // namespace
 
+void bind_iir_scan_warps(py::module_& m);
+
 PYBIND11_MODULE(_host, m) {
+  bind_iir_scan_warps(m);
   m.def("isas", &isas);
   // noconvert: results are written in place, so no argument may be a converted copy.
   const auto exact = [](const char* name) { return py::arg(name).noconvert(); };

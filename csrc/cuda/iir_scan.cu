@@ -1,0 +1,40 @@
+// iir_scan on the GPU: launches the warps of fastkit/iir_scan_warps.h, where the algorithm is.
+#include "common/launch.cuh"
+#include "fastkit/iir_scan_cuda.h"
+#include "fastkit/iir_scan_warps.h"
+
+namespace fastkit {
+
+template <class E>
+const char* iir_scan_forward_cuda(const IirScanForward<E>& p, void* stream, const CudaMemory& memory) {
+  CudaStream on{static_cast<cudaStream_t>(stream), memory};
+  iir_scan_warps::forward<E>(p, on);
+  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+}
+
+template <class E>
+const char* iir_scan_backward_cuda(const IirScanBackward<E>& p, void* stream, const CudaMemory& memory) {
+  CudaStream on{static_cast<cudaStream_t>(stream), memory};
+  iir_scan_warps::backward<E>(p, on);
+  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+}
+
+template <class Index>
+const char* iir_scan_unpack_cuda(const Index* cu_seqlens, int64_t sequences, int64_t total, int64_t chunk,
+                                 bool one_chunk, int64_t* offsets, int64_t* first_chunks, void* stream) {
+  CudaStream on{static_cast<cudaStream_t>(stream), {}};
+  on.run(iir_scan_warps::Unpack<Index>{cu_seqlens, sequences, total, chunk, one_chunk, offsets, first_chunks}, 1);
+  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+}
+
+#define FASTKIT_INSTANTIATE(E)                                                                             \
+  template const char* iir_scan_forward_cuda(const IirScanForward<E>&, void*, const CudaMemory&);          \
+  template const char* iir_scan_backward_cuda(const IirScanBackward<E>&, void*, const CudaMemory&);
+FASTKIT_INSTANTIATE(float)
+FASTKIT_INSTANTIATE(double)
+FASTKIT_INSTANTIATE(BFloat16)
+FASTKIT_INSTANTIATE(Half)
+template const char* iir_scan_unpack_cuda(const int32_t*, int64_t, int64_t, int64_t, bool, int64_t*, int64_t*, void*);
+template const char* iir_scan_unpack_cuda(const int64_t*, int64_t, int64_t, int64_t, bool, int64_t*, int64_t*, void*);
+
+}  // namespace fastkit
