@@ -111,7 +111,7 @@ class BuildNative(build_ext):
             shutil.copy2(library, package / library.name)
 
     def wants_host_tests(self) -> bool:
-        wanted = self.editable_mode or os.environ.get("FASTKIT_HOST_TESTS") == "1"
+        wanted = os.environ.get("FASTKIT_HOST_TESTS", "1" if self.editable_mode else "0") == "1"
         return wanted and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
     def get_ext_filename(self, fullname: str) -> str:

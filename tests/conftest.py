@@ -1,6 +1,7 @@
 """Options of the test run, and the implementations that tests of iir_scan run on."""
 
 import pytest
+import torch
 
 from fastkit import _native
 from fastkit._dispatch import unavailable
@@ -18,17 +19,29 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
+    reasons = {}
+    if not config.getoption("--slow"):
+        reasons["slow"] = "slow: run with --slow"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "gpu: no CUDA device"
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
-BACKENDS = [(name, device) for device in devices() for name in ("reference", device.type)]
+BACKENDS = [
+    pytest.param(
+        (name, device),
+        marks=[pytest.mark.gpu] if device.type == "cuda" else [],
+        id=f"{name}-on-{device.type}",
+    )
+    for device in devices()
+    for name in ("reference", device.type)
+]
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: f"{backend[0]}-on-{backend[1].type}")
+@pytest.fixture(params=BACKENDS)
 def impl(request):
     """An implementation; the tensors that the test makes are born on its device."""
     name, device = request.param

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastkit import reference
-from fastkit.bench import demo, harness, measure, report
+from fastkit.bench import demo, device, gpu, harness, measure, report
 from fastkit.bench.case import Case, Skip
-from fastkit.bench.cases import iir_scan, iir_scan_modes
+from fastkit.bench.cases import iir_scan, iir_scan_gpu, iir_scan_modes
 from fastkit.bench.cases.iir_scan_modes import Bank, Fixed, Sections, TimeVarying, Yardstick
 from fastkit.bench.harness import Row, border, interval
 from fastkit.bench.measure import AGAIN, Check, Rounds, Settings
@@ -333,8 +333,152 @@ def test_torch_compile_is_skipped_where_it_cannot_compile(tmp_path, monkeypatch)
 def test_the_peak_memory_of_a_call_is_its_own():
     """64 MiB for a moment, although a larger call came before."""
     torch.ones(64 << 20)
-    measured = measure._measured(lambda: torch.ones(16 << 20).sum())
+    measured = device.Cpu().measured(lambda: torch.ones(16 << 20).sum())
     assert 60 << 20 < measured.extra_bytes < 80 << 20
+
+
+class FakeGpu:
+    """A clock that a call advances by the seconds that it returns; a copy runs at 1000 GB/s."""
+
+    def __init__(self):
+        self.calls = []
+        self.broken = False
+
+    def seconds(self, call):
+        result = call()
+        self.calls.append(result)
+        return result
+
+    def measured(self, call):
+        return device.Measured(call(), 5 << 20, 0.0)
+
+    def copy(self, floor_bytes, copy_bytes):
+        return (lambda: floor_bytes / 1e12), floor_bytes
+
+    def clone(self, floor_bytes):
+        return lambda: 0.5
+
+    def touch(self, extra_bytes):
+        self.calls.append(f"touch {extra_bytes}")
+
+    def works(self):
+        return not self.broken
+
+
+class FakeContest:
+    @property
+    def makers(self):
+        calls = {"ours": lambda: 0.002, "slow": lambda: 0.1, "broken": lambda: 1 / 0}
+        return {label: lambda call=call: call for label, call in calls.items()}
+
+    def error(self, result):
+        return result
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setitem(device.DEVICES, "cuda", fake := FakeGpu())
+    return fake
+
+
+GPU_CASE = replace(CASE, contest=FakeContest, device="cuda")
+
+
+def test_the_device_of_a_case_times_it_and_copies_for_it(fake_gpu):
+    settings = Settings(rounds=6, seconds=0.35)
+    jobs = [(GPU_CASE, label) for label in FakeContest().makers]
+    checks = dict(zip(FakeContest().makers, measure.check(jobs, settings), strict=True))
+    assert str(checks["broken"]) == "ZeroDivisionError: division by zero"
+    assert (checks["ours"].call_s, checks["ours"].extra_bytes, checks["ours"].clones) == (
+        0.002,
+        5 << 20,
+        0.004,
+    )
+
+    plan = harness.plan(GPU_CASE, checks, settings)
+    (timed,) = measure.rounds([(GPU_CASE, plan)], settings)
+    assert fake_gpu.calls[0] == f"touch {5 << 20}"
+    assert timed.copy_gb_s == pytest.approx([1000] * 6)  # of the floor's bytes
+    assert timed.call_s == {"ours": [0.002] * 6, AGAIN: [0.002] * 6, "slow": [0.1] * 3}
+    ours, _, slow, broken = harness.rows(GPU_CASE, checks, timed, settings, best=1000.0)
+    assert (ours.ratio, slow.ratio, ours.faster) == pytest.approx((2, 100, 50))  # the floor of 1 GB is 1 ms
+    assert (ours.clones, ours.extra_mb) == (None, (5 << 20) / 1e6)
+    assert broken.note.startswith("skipped: ZeroDivisionError")
+    assert "fresh pages" not in report.table([ours, slow, broken])
+
+
+def test_a_broken_device_ends_the_process_that_has_it(fake_gpu):
+    """The harness gives a new process to the contestants that remain; here they would all fail."""
+    results = measure.check([(GPU_CASE, "ours"), (GPU_CASE, "broken"), (GPU_CASE, "slow")], Settings())
+    assert isinstance(next(results), Check)
+    fake_gpu.broken = True
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    fake_gpu.broken = False
+    assert isinstance(next(measure.rounds([(GPU_CASE, {"broken": PASSED})], Settings())), Skip)
+    fake_gpu.broken = True
+    with pytest.raises(ZeroDivisionError):
+        next(measure.rounds([(GPU_CASE, {"broken": PASSED})], Settings()))
+
+
+def test_the_cases_of_a_gpu_have_its_contestants_and_no_warm_shape():
+    cases = pickle.loads(pickle.dumps(gpu.cases()))
+    titles = [(case.op, case.shape, case.direction) for case in cases]
+    assert len({*titles}) == len(titles)
+    for case in cases:
+        ours, other, *rest = case.contest().makers
+        assert (case.device, case.warm, ours, other) == ("cuda", False, "fastkit cuda", "fastkit triton")
+        assert {"chunk-parallel", "compiled"} <= {*rest}
+        assert case.yardsticks == {"fastkit triton"}
+    floors = {(case.shape, case.direction): case.floor_bytes for case in iir_scan_gpu.cases()}
+    assert floors["8x65536x256 view", "fwd+bwd"] == 24 * 8 * 256 * 65536
+    assert floors["16x1x480000 fixed", "fwd"] == 8 * 16 * 480000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_without_a_gpu_its_benchmark_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "in_child", lambda *_: pytest.fail("nothing is to be started"))
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == "not run: no CUDA device\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_an_implementation_that_cannot_run_is_skipped_with_the_reason(impl, monkeypatch):
+    make = iir_scan.case(1, 1, 32, chunk=32, device="cuda").contest().makers[f"fastkit {impl}"]
+    with pytest.raises(Skip, match=r"no such implementation|no CUDA|without CUDA|not installed|\.so"):
+        make()
+
+
+def test_the_benchmark_of_a_gpu_writes_each_case_and_tells_a_wrong_result(tmp_path, monkeypatch, capsys):
+    row = Row("op", "1x1", "fwd", "fastkit cuda", ratio=1.0, rounds=5, extra_mb=1.0)
+    results = [[row], [replace(row, contestant="fastkit triton", ratio=None, note="skipped: no CUDA device")]]
+    wrong = [
+        replace(row, ratio=None, note="differs: error nan, tolerance 1e-04"),
+        replace(row, ratio=None, note="skipped: its process ended with exit code 1"),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.info, "report", dict)
+    monkeypatch.setattr(gpu.info, "describe", lambda facts: "")
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    for rows, code in [(results, 0), *(([*results, [fault]], 1) for fault in wrong)]:
+        monkeypatch.setattr(gpu, "cases", lambda rows=rows: rows)
+        monkeypatch.setattr(gpu, "run", lambda cases, settings: cases[0])
+        assert gpu.main(["--out", str(tmp_path)]) == code
+        with (tmp_path / "gpu.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(rows)
+        assert "op 1x1 fwd" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 9, 256), (2, 16, 512)])
+def test_every_form_on_a_gpu_agrees(shape):
+    settings = Settings(rounds=5, seconds=1.0)
+    for view in (False, True):
+        case = iir_scan.case(*shape, chunk=32, view=view, backward=True, compile=False, device="cuda")
+        for row in harness.run([case], settings):
+            assert not row.note.startswith("differs") and "Error" not in row.note
 
 
 CHILD_WORK = """

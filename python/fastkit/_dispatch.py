@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Literal
@@ -15,6 +16,8 @@ Kernels = Mapping[str, tuple[torch.dtype, ...]]
 """Of one op: implementation -> the dtypes that it covers. What is absent does not exist."""
 
 IMPLS: tuple[Impl, ...] = ("reference", "cpu", "cuda", "triton")
+_OF_DEVICE: dict[str, tuple[Impl, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the best one first
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # now: a traced function cannot look for it
 
 
 def unavailable(impl: str, kernels: Kernels) -> str | None:
@@ -24,6 +27,8 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
     if impl not in kernels:
         return "this op has no such implementation"
     if impl == "triton":
+        if not _HAS_TRITON:
+            return "triton is not installed; pip install 'fastkit[triton]'"
         return None if torch.cuda.is_available() or _interpreting() else "no CUDA device"
     if _native.REASON is not None:
         return _native.REASON
@@ -38,18 +43,19 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
 def choose(op: str, impl: Impl | None, x: torch.Tensor, kernels: Kernels) -> Impl:
     """The implementation that runs ``op`` on tensors like ``x``.
 
-    ``impl=None`` takes the kernel of x's device, or the reference where no kernel covers the device or dtype;
+    ``impl=None`` takes the first kernel of x's device that covers the dtype and can run, else the reference;
     a name runs exactly that or raises RuntimeError, and never falls back.
     """
     device = x.device.type
     if impl is None:
-        native: Impl = "cuda" if device == "cuda" else "cpu"
-        if device not in ("cpu", "cuda") or x.dtype not in kernels.get(native, ()):
-            return "reference"
-        if unavailable(native, kernels) is not None:
+        here = _OF_DEVICE.get(device, ())
+        covering: list[Impl] = [name for name in here if x.dtype in kernels.get(name, ())]
+        for name in covering:
+            if unavailable(name, kernels) is None:
+                return name
+        if covering:
             _native.warn_once()
-            return "reference"
-        return native
+        return "reference"
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)} or None, got {impl!r}")
     if impl == "reference":

@@ -38,3 +38,4 @@ class Case:
     warm: bool = False  # the shape fits the caches, and is timed from warm ones
     tolerance: float = 1e-4  # of the error
     yardsticks: frozenset[str] = frozenset()  # contestants that do something else: ours is not called faster
+    device: Literal["cpu", "cuda"] = "cpu"  # a GPU's calls are timed from a cold L2: none is ``warm``

@@ -9,6 +9,9 @@ Rounds in which the machine is busy are void, and so is a row that loses more th
 Contestants run in child processes. The first, with the allocator as users have it, compares results with
 float64 and measures memory; what disagrees is not timed. The second does the rounds. It is started with
 ``WARM_MALLOC``, so that outputs reuse warm memory: the first touch of fresh pages costs several copies.
+
+On a GPU the same, but for what ``device.Gpu`` says: time by events, a cold L2, a copy of as many bytes as the
+floor. Copies of different sizes differ in rate, so GPU cases of different floors are for runs of their own.
 """
 
 from __future__ import annotations
@@ -187,7 +190,7 @@ def rows(
                 row,
                 error=check.error,
                 extra_mb=check.extra_bytes / 1e6,
-                clones=check.clones,
+                clones=check.clones if case.device == "cpu" else None,  # a GPU has no fresh pages
                 build_s=check.build_s,
             )
         if not row.note:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
 
 import torch
 
 from fastkit.bench.case import Call, Case, Contest, Skip
+from fastkit.bench.device import DEVICES, Device
 
 AGAIN = "again"  # the label of the A/A row: our contestant a second time
 
@@ -29,7 +25,7 @@ class Settings:
     seconds: float = 30.0  # for the timed calls of one contestant: a slow one gets fewer rounds
     longest_call: float = 8.0  # what is slower than that is not timed
     longest_build: float = 60.0  # to make (perhaps compile) a contestant and to check it
-    copy_bytes: int = 512 << 20  # of each of the two arrays whose copy gives the rate
+    copy_bytes: int = 512 << 20  # on a CPU, of each of the two arrays whose copy gives the rate
 
 
 @dataclass(frozen=True)
@@ -66,50 +62,55 @@ def check(jobs: Iterable[tuple[Case, str]], settings: Settings) -> Iterator[Chec
     """Makes and checks each (case, label); the jobs of a case, being neighbours, share its inputs."""
     for case, group in groupby(jobs, key=lambda job: job[0]):
         contest = case.contest()
-        clone = torch.ones(case.floor_bytes // 8).clone  # reads and writes the floor's bytes
+        device = DEVICES[case.device]
+        clone = device.clone(case.floor_bytes)
         for _, label in group:
             try:
-                yield _check(contest, label, clone)
+                yield _check(contest, label, device, clone)
             except Exception as error:
+                if not device.works():
+                    raise  # ends this process: the next contestant gets a new one
                 yield _skip(error)
 
 
-def _check(contest: Contest, label: str, clone: Call) -> Check:
+def _check(contest: Contest, label: str, device: Device, clone: Call) -> Check:
     start = time.perf_counter()
     call = contest.makers[label]()
     build_s = time.perf_counter() - start
-    clone_s = _measured(clone).seconds
-    call_s, extra_bytes, result = _measured(call)
+    clone_s = device.measured(clone).seconds
+    call_s, extra_bytes, result = device.measured(call)
     error = contest.error(result)
     del result
-    if call_s < 0.2:  # the first call may also have started threads
-        again = [(_measured(clone).seconds, *_measured(call)[:2]) for _ in range(3)]
+    if call_s < 0.2:  # the first call may also have started threads, or loaded kernels
+        again = [(device.measured(clone).seconds, *device.measured(call)[:2]) for _ in range(3)]
         clone_s, call_s, extra_bytes = (statistics.median(column) for column in zip(*again, strict=True))
     return Check(error, build_s, call_s, int(extra_bytes), call_s / clone_s)
 
 
 def rounds(jobs: Sequence[tuple[Case, Mapping[str, Check]]], settings: Settings) -> Iterator[Rounds | Skip]:
     """The rounds of each case, with the contestants that have passed: a copy, then all in random order."""
-    elements = settings.copy_bytes // 4
-    source, target = torch.ones(elements), torch.ones(elements)
-    # Touch, and free, what the hungriest needs: a contestant that is called once has no call to warm up.
-    torch.ones(max((c.extra_bytes for _, checks in jobs for c in checks.values()), default=0) // 4)
     for case, checks in jobs:
+        device = DEVICES[case.device]
         try:
-            yield _rounds(case, checks, settings, lambda: target.copy_(source))
+            yield _rounds(case, checks, settings, device)
         except Exception as error:
+            if not device.works():
+                raise
             yield _skip(error)
 
 
-def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, copy: Call) -> Rounds:
+def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, device: Device) -> Rounds:
     load = os.getloadavg()[0]
+    copy, copied_bytes = device.copy(case.floor_bytes, settings.copy_bytes)
+    # What the hungriest needs, touched and freed: a contestant that is called once has no call to warm up.
+    device.touch(max((check.extra_bytes for check in checks.values()), default=0))
     contest = case.contest()
     ours = next(iter(contest.makers))
     calls = {label: contest.makers[ours if label == AGAIN else label]() for label in checks}
     call_s = {label: check.call_s for label, check in checks.items()}
     for label, seconds in call_s.items():
         if seconds < settings.seconds / 2:  # warms up, and shows the seconds without fresh pages
-            call_s[label] = _seconds(calls[label])
+            call_s[label] = device.seconds(calls[label])
     planned = {label: rounds_of(case, seconds, settings) for label, seconds in call_s.items()}
     copy()
 
@@ -117,13 +118,13 @@ def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, copy: C
     rates = []
     shuffle = random.Random(0).shuffle
     for i in range(max(planned.values(), default=0)):
-        rates.append(2 * settings.copy_bytes / _seconds(copy) / 1e9)
+        rates.append(copied_bytes / device.seconds(copy) / 1e9)
         labels = [label for label in calls if i < planned[label]]
         shuffle(labels)
         # The slow ones last: the copy speaks for what comes soon after it.
         for label in sorted(labels, key=lambda label: planned[label] < settings.rounds):
-            timer = _warm_seconds if _is_warm(case, call_s[label]) else _seconds
-            times[label].append(timer(calls[label]))
+            seconds = _warm_seconds if _is_warm(case, call_s[label]) else _seconds
+            times[label].append(seconds(device, calls[label]))
     return Rounds(rates, times, torch.get_num_threads(), load)
 
 
@@ -137,19 +138,15 @@ def _is_warm(case: Case, call_s: float) -> bool:
     return case.warm and call_s < 0.1  # a longer call does not notice what the caches held
 
 
-def _seconds(call: Call) -> float:
-    start = time.perf_counter()
-    result = call()
-    stop = time.perf_counter()
-    del result  # freeing it is not the call's work
-    return stop - start
+def _seconds(device: Device, call: Call) -> float:
+    return device.seconds(call)
 
 
-def _warm_seconds(call: Call) -> float:
+def _warm_seconds(device: Device, call: Call) -> float:
     """Of a call whose data are in the caches: two calls bring them there."""
     for _ in range(2):
         call()
-    return statistics.median(_seconds(call) for _ in range(3))
+    return statistics.median(device.seconds(call) for _ in range(3))
 
 
 def _skip(error: Exception) -> Skip:
@@ -157,40 +154,3 @@ def _skip(error: Exception) -> Skip:
         return error
     first_line = str(error).strip().split("\n")[0]
     return Skip(f"{type(error).__name__}: {first_line}")
-
-
-class _Measured(NamedTuple):
-    seconds: float
-    extra_bytes: int
-    result: Any
-
-
-def _measured(call: Call) -> _Measured:
-    """One call: its seconds, its peak memory above what is there before it, its result."""
-    gc.collect()
-    before = _start_of_peak()
-    start = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - start
-    return _Measured(seconds, max(0, _peak() - before), result)
-
-
-def _start_of_peak() -> int:
-    """Resets the peak of the resident memory where the system can; returns what it is now, in bytes."""
-    if not sys.platform.startswith("linux"):
-        return _peak()
-    with suppress(AttributeError):  # musl has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)  # else a call would reuse what others have freed
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as clear_refs:
-        clear_refs.write("5")
-    return _peak()
-
-
-def _peak() -> int:
-    """The peak of the resident memory, in bytes."""
-    if sys.platform.startswith("linux"):
-        with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

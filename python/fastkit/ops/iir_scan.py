@@ -20,9 +20,11 @@ from fastkit.ops.iir_scan_checks import (
     shape,
 )
 from fastkit.ops.iir_scan_checks import check_stable as refuse_unstable
+from fastkit.ops.iir_scan_triton import absent
 from fastkit.reference import IIRState
 
-KERNELS: Kernels = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KERNELS: Kernels = {"cpu": _DTYPES, "cuda": _DTYPES, "triton": _DTYPES}
 
 
 def iir_scan(
@@ -61,8 +63,9 @@ def iir_scan(
             the s-th from ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, perhaps empty. History and chunks
             restart with each; K runs over the chunks of all, or, with ``chunk=None``, is S or 1.
         check_stable: refuse poles on or outside the unit circle (reads ``a``: synchronises a GPU).
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that, backward included, or raises. Default: the
-            kernel where one covers the device, else the reference.
+        impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` runs exactly that, backward included, or
+            raises. Triton has single filters, fixed or of chunks of 16 samples and more. Default: the kernel
+            where one covers the device and the call, else the reference.
 
     Returns:
         y, ``(B, C, T)``, with the dtype of x and, where x is dense, its strides. It is saved for backward:
@@ -109,6 +112,8 @@ def iir_scan(
     if check_stable:
         refuse_unstable("iir_scan", a)
     chosen = choose("iir_scan", impl, x, KERNELS)
+    if chosen == "triton":
+        chosen = _covered("iir_scan", impl, x, absent(x, a, chunk, cu_seqlens))
     return _scan("iir_scan", x, a, b, None, chunk, carry, cu_seqlens, chosen, needs_end=False)[0]
 
 
@@ -160,6 +165,8 @@ def iir_scan_with_state(
     if check_stable:
         refuse_unstable(op, a)
     chosen = choose(op, impl, x, KERNELS)
+    if chosen == "triton":
+        chosen = _covered(op, impl, x, "states")
     y, end_y, end_x = _scan(op, x, a, b, state, chunk, carry, cu_seqlens, chosen, needs_end=True)
     return y, IIRState(end_y, end_x)
 
@@ -205,8 +212,10 @@ def iir_step(
     if state is None:
         filters = a.shape[2:-1]
         state = IIRState(a.new_zeros(batch, channels, *filters, 2), a.new_zeros(batch, channels, 2))
-    impl = choose(op, impl, x_t, KERNELS)
-    if impl == "reference" or (transforms() and not torch.compiler.is_compiling()):
+    chosen = choose(op, impl, x_t, KERNELS)
+    if chosen == "triton":
+        chosen = _covered(op, impl, x_t, "single steps")
+    if chosen == "reference" or (transforms() and not torch.compiler.is_compiling()):
         return reference.iir_step(x_t, a, b, state)
     y, end_y, end_x = step(x_t, a, b, state.y, state.x)
     return y, IIRState(end_y, end_x)
@@ -262,7 +271,10 @@ def sosfilt(
             f"{op}: sos must have shape (S, 6) with S >= 1 rows (b0, b1, b2, a0, a1, a2), got {shape(sos)};"
             ' scipy.signal.butter(..., output="sos") returns it'
         )
-    if choose(op, impl, x, KERNELS) == "reference":
+    chosen = choose(op, impl, x, KERNELS)
+    if chosen == "triton":
+        chosen = _covered(op, impl, x, "cascades")
+    if chosen == "reference":
         return reference.sosfilt(x, sos)
     sos = sos / sos[:, 3:4]
     rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
@@ -294,9 +306,18 @@ def _scan(
     if one:
         a, b = a.squeeze(3), None if b is None else b.squeeze(3)
         state_y = None if state_y is None else state_y.squeeze(2)
-    call = Call(cu_seqlens, ONE_CHUNK if chunk is None else chunk, carry)
+    call = Call(cu_seqlens, ONE_CHUNK if chunk is None else chunk, carry, impl == "triton")
     y, end_y, end_x = scan(x, a, b, state_y, state_x, call, needs_end)
     return y, end_y.unsqueeze(2) if one and needs_end else end_y, end_x
+
+
+def _covered(op: str, impl: Impl | None, x: Tensor, absent: str | None) -> Impl:
+    """What runs a call for which Triton was chosen, where ``absent`` of it has no kernel there."""
+    if absent is None:
+        return "triton"
+    if impl is None:
+        return "reference"
+    raise RuntimeError(f'{op}: impl="triton" has no {absent}; use impl="{x.device.type}"')
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:

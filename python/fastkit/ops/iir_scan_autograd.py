@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from fastkit import _native
 from fastkit._autograd import Function, differentiates, forward_mode, transforms
+from fastkit.ops import iir_scan_triton
 
 ONE_CHUNK = 2**62  # longer than any T; a constant, where T itself would make every length a graph of its own
 _TILE = 128  # samples between the states that a bank keeps for backward
@@ -41,7 +42,7 @@ if _native.REASON is None:
             torch.empty_like(x),
             a.new_empty((*rows, *filters, 2) if needs_end else 0),
             a.new_empty((*rows, 2) if needs_end else 0),
-            a.new_empty(borders if needs_borders else 0),
+            a.new_empty(borders if needs_borders and x.device.type != "cuda" else 0),  # there, it walks again
         )
 
     @torch.library.register_fake("fastkit::iir_scan_bwd")
@@ -93,6 +94,32 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None
     chunk: int
     carry: bool
+    triton: bool = False  # else native; what is derived from a call runs in the same
+
+
+def _run(
+    x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor | None, state_x: Tensor | None,
+    cu_seqlens: Tensor | None, chunk: int, carry: bool, triton: bool, needs_end: bool, needs_borders: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if triton:  # without states, as what is derived from such a call is
+        y = iir_scan_triton.forward(x, a, b, chunk, carry)
+        return y, a.new_empty(0), a.new_empty(0), a.new_empty(0)
+    return _fwd(x, a, b, state_y, state_x, cu_seqlens, chunk, carry, needs_end, needs_borders)
+
+
+def _run_backward(
+    gy: Tensor, gend_y: Tensor | None, gend_x: Tensor | None, x: Tensor, y: Tensor | None,
+    borders: Tensor | None, a: Tensor, b: Tensor | None, state_y: Tensor | None, state_x: Tensor | None,
+    cu_seqlens: Tensor | None, chunk: int, carry: bool, triton: bool, needs_x: bool, needs_coefficients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if triton:
+        needs = (needs_x, needs_coefficients)
+        gradients = iir_scan_triton.backward(gy, x, y, a, b, chunk, carry, *needs)
+        return *gradients, a.new_empty(0), a.new_empty(0)
+    return _bwd(
+        gy, gend_y, gend_x, x, y, borders, a, b, state_y, state_x, cu_seqlens, chunk, carry, needs_x,
+        needs_coefficients,
+    )  # fmt: skip
 
 
 def scan(
@@ -101,7 +128,7 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y and, where needed, the final state."""
     if not differentiates(x, a, b, state_y, state_x):
-        return _fwd(x, a, b, state_y, state_x, *call, needs_end, False)[:3]
+        return _run(x, a, b, state_y, state_x, *call, needs_end, False)[:3]
     y, end_y, end_x, _ = _apply(x, a, b, state_y, state_x, *call, needs_end)
     return y, end_y, end_x
 
@@ -114,13 +141,13 @@ class _Scan(Function):
     @staticmethod
     def forward(
         x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor | None, state_x: Tensor | None,
-        cu_seqlens: Tensor | None, chunk: int, carry: bool, needs_end: bool,
+        cu_seqlens: Tensor | None, chunk: int, carry: bool, triton: bool, needs_end: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return _fwd(x, a, b, state_y, state_x, cu_seqlens, chunk, carry, needs_end, a.dim() == 5)
+        return _run(x, a, b, state_y, state_x, cu_seqlens, chunk, carry, triton, needs_end, a.dim() == 5)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, a, b, state_y, state_x, cu_seqlens, ctx.chunk, ctx.carry, ctx.needs_end = inputs
+        x, a, b, state_y, state_x, cu_seqlens, *ctx.call, ctx.needs_end = inputs
         y, _, _, borders = output
         ctx.mark_non_differentiable(borders)
         ctx.set_materialize_grads(False)
@@ -138,11 +165,11 @@ class _Scan(Function):
             gend_y = gend_x = None
         gradients = scan_backward(
             torch.zeros_like(x) if gy is None else gy, gend_y, gend_x, x, y, borders, a, b, state_y, state_x,
-            Call(cu_seqlens, ctx.chunk, ctx.carry), needs_x, needs_a or needs_b,
+            Call(cu_seqlens, *ctx.call), needs_x, needs_a or needs_b,
         )  # fmt: skip
         needs = (needs_x, needs_a, needs_b, needs_state_y, needs_state_x)
         wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-        return *wanted, None, None, None, None
+        return *wanted, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -167,7 +194,7 @@ class _ForwardScan(_Scan):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         x, a, b, state_y, state_x, cu_seqlens, y = ctx.saved_tensors
-        call = Call(cu_seqlens, ctx.chunk, ctx.carry)
+        call = Call(cu_seqlens, *ctx.call)
         vx, va, vb, vstate_y, vstate_x = tangents[:5]
         of_filters = []
         for a_f, b_f, state_f, va_f, vb_f, vstate_f in _filters(a, b, state_y, va, vb, vstate_y):
@@ -191,9 +218,11 @@ def scan_backward(
 
     What is not needed is empty.
     """
-    args = (gy, gend_y, gend_x, x, y, borders, a, b, state_y, state_x, *call, needs_x, needs_coefficients)
+    args: tuple[Any, ...] = (
+        gy, gend_y, gend_x, x, y, borders, a, b, state_y, state_x, *call, needs_x, needs_coefficients
+    )  # fmt: skip
     again = differentiates(gy, gend_y, gend_x, x, y, a, b, state_y, state_x)
-    gx, ga, gb, gstate_y, gstate_x = _apply_backward(*args) if again else _bwd(*args)
+    gx, ga, gb, gstate_y, gstate_x = _apply_backward(*args) if again else _run_backward(*args)
     if needs_coefficients:
         ga = ga.sum_to_size(a.shape)
         gb = gb if b is None else gb.sum_to_size(b.shape)
@@ -215,25 +244,25 @@ class _ScanBackward(Function):
     def forward(
         gy: Tensor, gend_y: Tensor | None, gend_x: Tensor | None, x: Tensor, y: Tensor | None,
         borders: Tensor | None, a: Tensor, b: Tensor | None, state_y: Tensor | None, state_x: Tensor | None,
-        cu_seqlens: Tensor | None, chunk: int, carry: bool, needs_x: bool, needs_coefficients: bool,
+        cu_seqlens: Tensor | None, chunk: int, carry: bool, triton: bool, needs_x: bool,
+        needs_coefficients: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return _bwd(
-            gy, gend_y, gend_x, x, y, borders, a, b, state_y, state_x, cu_seqlens, chunk, carry, needs_x,
-            needs_coefficients,
+        return _run_backward(
+            gy, gend_y, gend_x, x, y, borders, a, b, state_y, state_x, cu_seqlens, chunk, carry, triton,
+            needs_x, needs_coefficients,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        gy, gend_y, gend_x, x, y, _, a, b, state_y, state_x, cu_seqlens, chunk, carry, _, _ = inputs
-        ctx.chunk, ctx.carry = chunk, carry
+        gy, gend_y, gend_x, x, y, _, a, b, state_y, state_x, cu_seqlens, *ctx.call, _, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, gend_y, gend_x, x, y, a, b, state_y, state_x, cu_seqlens)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         *saved, cu_seqlens = ctx.saved_tensors
-        call = Call(cu_seqlens, ctx.chunk, ctx.carry)
-        return *_pull_back(saved, call, grad_outputs), None, None, None, None, None
+        call = Call(cu_seqlens, *ctx.call)
+        return *_pull_back(saved, call, grad_outputs), None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -264,7 +293,7 @@ class _ForwardScanBackward(_ScanBackward):
         # What is pulled back from v is linear in v, and its transpose is the derivative: pull once more.
         given = [(i, t) for i, t in enumerate(tangents[:10]) if t is not None]
         saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
-        call = Call(saved.pop(), ctx.chunk, ctx.carry)
+        call = Call(saved.pop(), *ctx.call)
 
         def pull_back(*v: Tensor) -> tuple[Tensor, ...]:
             gradients = _pull_back(saved, call, v)
@@ -465,7 +494,7 @@ def _refuse_packed(cu_seqlens: Tensor | None) -> None:
 def series(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x (B, C, T) through filters in series, a (S, 2) and b (S, 3)."""
     few = x.shape[0] * x.shape[1] <= 4  # rows have kernels of their own, better than what a single pass saves
-    if few or transforms():
+    if few or transforms() or x.device.type != "cpu":
         for a_s, b_s in zip(a.unbind(), b.unbind(), strict=True):
             x = scan(x, a_s[None, None, None], b_s[None, None, None], None, None, _WHOLE)[0]
         return x
@@ -516,6 +545,10 @@ def step(
     x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor, state_x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and the state after it."""
+    if x.device.type != "cpu":
+        b = None if b is None else b.unsqueeze(2)
+        y, end_y, end_x = scan(x.unsqueeze(-1), a.unsqueeze(2), b, state_y, state_x, _WHOLE, True)
+        return y.squeeze(-1), end_y, end_x
     if differentiates(x, a, b, state_y, state_x):
         return _Step.apply(x, a, b, state_y, state_x)
     return _step_fwd(x, a, b, state_y, state_x)

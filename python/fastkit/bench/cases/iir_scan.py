@@ -8,8 +8,9 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastkit import ops, reference
+from fastkit._dispatch import Impl, unavailable
 from fastkit.bench.case import Call, Case, Skip
+from fastkit.ops.iir_scan import KERNELS
 
+DeviceType = Literal["cpu", "cuda"]
 Form = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (x, a, b, chunk) -> y
 
 
@@ -50,6 +54,7 @@ def case(
     backward: bool = False,
     warm: bool = False,
     compile: bool = True,
+    device: DeviceType = "cpu",
 ) -> Case:
     """``chunk`` is a power of two and divides T.
 
@@ -60,8 +65,10 @@ def case(
         shape=f"{B}x{T}x{C} view" if view else f"{B}x{C}x{T}",
         direction="fwd+bwd" if backward else "fwd",
         floor_bytes=(24 if backward else 8) * B * C * T,
-        contest=partial(_Contest, (B, C, T), chunk, view, backward, compile),
+        contest=partial(_Contest, (B, C, T), chunk, view, backward, compile, device),
         warm=warm,
+        yardsticks=our_others(device),
+        device=device,
     )
 
 
@@ -75,18 +82,26 @@ class Inputs(NamedTuple):
 class ScanContest:
     """Calls of a scan's forms, on inputs of their own, and their error; other modes override what differs."""
 
-    def __init__(self, size: tuple[int, int, int], chunk: int, view: bool, backward: bool) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        chunk: int,
+        view: bool,
+        backward: bool,
+        device: DeviceType = "cpu",
+    ) -> None:
         self.size = size
         self.chunk = chunk
         self.view = view
         self.backward = backward
+        self.device: DeviceType = device
 
     @cached_property
     def inputs(self) -> Inputs:
         B, C, T = self.size
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         a, b = self.coefficients(generator)
-        randn = partial(torch.randn, generator=generator)
+        randn = partial(torch.randn, generator=generator, device=self.device)
         x, gy = (randn(B, T, C).transpose(1, 2) if self.view else randn(B, C, T) for _ in range(2))
         for leaf in (x, a, b):
             leaf.requires_grad_(self.backward)
@@ -108,10 +123,37 @@ class ScanContest:
 
         return forward_backward if self.backward else forward
 
+    def makers_of_ours(self, form: Callable[..., Tensor]) -> dict[str, Callable[[], Call]]:
+        """fastkit; on a GPU, each implementation that there is for one."""
+        if self.device == "cpu":
+            return {"fastkit": partial(self.call, form)}
+        return {f"fastkit {impl}": partial(self.make_impl, form, impl) for impl in _GPU_IMPLS}
+
+    def make_compiled(self, form: Callable[..., Tensor]) -> Call:
+        """A chunk-parallel form, its steps compiled; the whole of it takes minutes to compile."""
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            raise Skip("torch.compile needs the headers of Python (Python.h)")
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise Skip("torch.compile needs a C++ compiler")
+        if self.device == "cuda" and find_spec("triton") is None:
+            raise Skip("torch.compile needs triton")
+        torch.compiler.reset()  # the compiled steps of other shapes count against a limit
+        compile = partial(torch.compile, fullgraph=True, dynamic=False)
+        steps, last_steps = compile(_steps), compile(_last_steps)
+        call = self.call(partial(form, steps=steps, last_steps=last_steps))
+        call()
+        return call
+
+    def make_impl(self, form: Callable[..., Tensor], impl: Impl) -> Call:
+        reason = unavailable(impl, KERNELS)
+        if reason is not None:
+            raise Skip(reason)
+        return self.call(partial(form, impl=impl))
+
     def error(self, result: Any) -> float:
         """The largest error in any result, in a sample of rows, relative to its row's largest value."""
         errors = [
-            ((self.sample(torch.as_tensor(actual)) - row).abs() / size).amax()
+            ((self.sample(torch.as_tensor(actual)).cpu() - row).abs() / size).amax()
             for actual, (row, size) in zip(result, self.expected, strict=True)
         ]
         return float(torch.stack(errors).amax())  # NaN if any is
@@ -124,7 +166,7 @@ class ScanContest:
     @cached_property
     def expected(self) -> list[tuple[Tensor, Tensor]]:
         """Of each result, those rows in float64, and their largest values."""
-        x, a, b, gy = (self.sample(t.detach()).double() for t in self.inputs)
+        x, a, b, gy = (self.sample(t.detach()).to("cpu", torch.float64) for t in self.inputs)
         for leaf in (x, a, b):
             leaf.requires_grad_(self.backward)
         y = self.exact(x, a, b)
@@ -137,46 +179,46 @@ class ScanContest:
         return reference.iir_scan(x, a, b, chunk=self.chunk)
 
 
+_GPU_IMPLS: tuple[Impl, ...] = ("cuda", "triton")
+
+
+def our_others(device: DeviceType) -> frozenset[str]:
+    """The implementations that ours, the first, is not called faster than."""
+    return frozenset() if device == "cpu" else frozenset(f"fastkit {impl}" for impl in _GPU_IMPLS[1:])
+
+
 def draw_filters(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pole pairs with radii up to 0.999, most of them near it, and numerators: (shape, 2), (shape, 3)."""
-    radius = 0.999 * torch.rand(shape, generator=generator) ** 0.1
-    angle = math.pi * (0.05 + 0.9 * torch.rand(shape, generator=generator))  # double poles: ill-conditioned
+    rand = partial(torch.rand, generator=generator, device=generator.device)
+    radius = 0.999 * rand(shape) ** 0.1
+    angle = math.pi * (0.05 + 0.9 * rand(shape))  # double poles: ill-conditioned
     a = torch.stack([-2 * radius * angle.cos(), radius**2], -1)
-    return a, torch.randn(*shape, 3, generator=generator)
+    return a, torch.randn(*shape, 3, generator=generator, device=generator.device)
 
 
 class _Contest(ScanContest):
     def __init__(
-        self, size: tuple[int, int, int], chunk: int, view: bool, backward: bool, compile: bool
+        self,
+        size: tuple[int, int, int],
+        chunk: int,
+        view: bool,
+        backward: bool,
+        compile: bool,
+        device: DeviceType,
     ) -> None:
-        super().__init__(size, chunk, view, backward)
+        super().__init__(size, chunk, view, backward, device)
         self.compile = compile
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
-        makers: dict[str, Callable[[], Call]] = {
-            "fastkit": partial(self.call, ours),
-            "chunk-parallel": partial(self.call, chunk_parallel),
-            "loop": partial(self.call, loop),
-        }
-        if not self.backward:
-            makers["scipy"] = self.make_scipy
+        makers = {**self.makers_of_ours(ours), "chunk-parallel": partial(self.call, chunk_parallel)}
+        if self.device == "cpu":
+            makers["loop"] = partial(self.call, loop)
+            if not self.backward:
+                makers["scipy"] = self.make_scipy
         if self.compile:
-            makers["compiled"] = self.make_compiled
+            makers["compiled"] = partial(self.make_compiled, chunk_parallel)
         return makers
-
-    def make_compiled(self) -> Call:
-        """The chunk-parallel form, its steps compiled; the whole of it takes minutes to compile."""
-        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-            raise Skip("torch.compile needs the headers of Python (Python.h)")
-        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise Skip("torch.compile needs a C++ compiler")
-        torch.compiler.reset()  # the compiled steps of other shapes count against a limit
-        compile = partial(torch.compile, fullgraph=True, dynamic=False)
-        steps, last_steps = compile(_steps), compile(_last_steps)
-        call = self.call(partial(chunk_parallel, steps=steps, last_steps=last_steps))
-        call()
-        return call
 
     def make_scipy(self) -> Call:
         """``lfilter``, a row and a chunk at a time."""
@@ -188,8 +230,8 @@ class _Contest(ScanContest):
         return partial(_scipy, lfilter, x, np.insert(a, 0, 1, axis=-1), b, self.chunk)
 
 
-def ours(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
-    return ops.iir_scan(x, a, b, chunk=chunk)
+def ours(x: Tensor, a: Tensor, b: Tensor, chunk: int, *, impl: Impl | None = None) -> Tensor:
+    return ops.iir_scan(x, a, b, chunk=chunk, impl=impl)
 
 
 def _steps(u: Tensor, y1: Tensor, y2: Tensor, a1: Tensor, a2: Tensor) -> list[Tensor]:

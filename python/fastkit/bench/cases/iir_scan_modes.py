@@ -13,8 +13,18 @@ from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
 from fastkit import ops, reference
+from fastkit._dispatch import Impl
 from fastkit.bench.case import Call, Case, Skip
-from fastkit.bench.cases.iir_scan import Form, ScanContest, chunk_parallel, draw_filters, loop, ours
+from fastkit.bench.cases.iir_scan import (
+    DeviceType,
+    Form,
+    ScanContest,
+    chunk_parallel,
+    draw_filters,
+    loop,
+    our_others,
+    ours,
+)
 from fastkit.reference import IIRState
 
 
@@ -47,6 +57,7 @@ def case(
     view: bool = False,
     backward: bool = False,
     warm: bool = False,
+    device: DeviceType = "cpu",
 ) -> Case:
     """``view`` as in ``iir_scan.case``."""
     B, C, T = size
@@ -56,9 +67,10 @@ def case(
         shape=f"{shape} {mode.filters}",
         direction="fwd+bwd" if backward else "fwd",
         floor_bytes=mode.bytes[backward] * B * C * T,
-        contest=partial(mode, size, view, backward),
+        contest=partial(mode, size, view, backward, device),
         warm=warm,
-        yardsticks=mode.yardsticks,
+        yardsticks=mode.yardsticks | our_others(device),
+        device=device,
     )
 
 
@@ -76,9 +88,11 @@ class _Mode(ScanContest):
     bytes: ClassVar[tuple[int, int]]  # the floor of a sample: forward, with backward
     yardsticks: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, size: tuple[int, int, int], view: bool, backward: bool) -> None:
+    def __init__(
+        self, size: tuple[int, int, int], view: bool, backward: bool, device: DeviceType = "cpu"
+    ) -> None:
         time = size[2]
-        super().__init__(size, min(self.longest_chunk, time & -time), view, backward)
+        super().__init__(size, min(self.longest_chunk, time & -time), view, backward, device)
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
@@ -129,14 +143,16 @@ class Fixed(_Shared):
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
-        makers: dict[str, Callable[[], Call]] = {
-            "fastkit": partial(self.call, _fixed),
+        makers = {
+            **self.makers_of_ours(_fixed),
             "chunk-parallel": partial(self.call, _fixed_chunk_parallel),
             "FFT": partial(self.call, _fft),
             "torchaudio": self.make_torchaudio,
             "philtorch": self.make_philtorch,
         }
-        if not self.backward:
+        if self.device == "cuda":
+            makers["compiled"] = partial(self.make_compiled, _fixed_chunk_parallel)
+        elif not self.backward:
             makers["scipy"] = self.make_scipy
         return makers
 
@@ -156,13 +172,15 @@ class Fixed(_Shared):
         return _fixed_chunk_parallel(x, a, b, self.chunk)  # the reference would take minutes
 
 
-def _fixed(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
-    return ops.iir_scan(x, a, b)
+def _fixed(x: Tensor, a: Tensor, b: Tensor, chunk: int, *, impl: Impl | None = None) -> Tensor:
+    return ops.iir_scan(x, a, b, impl=impl)
 
 
-def _fixed_chunk_parallel(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
+def _fixed_chunk_parallel(
+    x: Tensor, a: Tensor, b: Tensor, chunk: int, **steps: Callable[..., list[Tensor]]
+) -> Tensor:
     chunks = (*x.shape[:2], x.shape[2] // chunk, -1)
-    return chunk_parallel(x, a.expand(chunks), b.expand(chunks), chunk)
+    return chunk_parallel(x, a.expand(chunks), b.expand(chunks), chunk, **steps)
 
 
 def _fft(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:

@@ -1,0 +1,142 @@
+"""The Triton kernels of iir_scan compiled ahead of time, for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastkit.triton import iir_scan as kernels
+
+
+class Variant(NamedTuple):
+    """What Triton's launcher makes of a call: types of arguments, constants, and what 16 divides."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    warps: int
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    warps: int,
+    *,
+    signal: str = "fp32",
+    arithmetic: str = "fp32",
+    ones: tuple[str, ...] = (),
+    **options: Any,
+) -> Variant:
+    """``ones`` are integers that are 1 in the call, and so constants of the kernel."""
+    signals = {"x", "y", "gx"}
+    pointers = signals | {"a", "b", "l", "maps", "states", "ga", "gb"}
+    constexprs = {**dict.fromkeys(ones, 1), **options}
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+        elif argument in pointers:
+            signature[argument] = f"*{signal if argument in signals else arithmetic}"
+        else:
+            signature[argument] = "i32"
+        if argument in pointers or (argument not in constexprs and argument not in ("chunks", "segments")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    if arithmetic == "fp64":
+        warps *= 2
+    return Variant(name, kernel, signature, constexprs, attributes, warps)
+
+
+_TIME = {"CHANNEL_LANES": False, "LANES": 1, "BLOCK": 1024, "ones": ("x_time", "y_time", "a_tap", "b_tap")}
+_CHANNELS = {
+    "CHANNEL_LANES": True, "LANES": 32, "BLOCK": 32, "ones": ("x_channel", "y_channel", "a_tap", "b_tap")
+}  # fmt: skip
+_ONE_SAMPLE = {
+    "CHANNEL_LANES": False, "LANES": 1, "BLOCK": 16,
+    "ones": (
+        "batch", "channels", "time", "chunk", "length", "segments", "x_time", "y_time", "a_tap", "b_tap",
+    ),
+}  # fmt: skip
+_HALF_CHANNELS = _CHANNELS | {"LANES": 64, "BLOCK": 16}
+_CHUNKS = {"CHANNEL_LANES": False, "LANES": 8, "BLOCK": 128, "ones": ("x_time", "y_time", "a_tap", "b_tap")}
+
+
+def _walk(name: str, layout: dict[str, Any], **options: Any) -> Variant:
+    flags: dict[str, Any] = dict.fromkeys(("HAS_B", "HAS_STATES", "REVERSE", "VARYING", "RESTART"), False)
+    return _variant(name, kernels.iir_scan_walk, 4, **{**layout, **flags, **options})
+
+
+def _reduce(name: str, layout: dict[str, Any], **options: Any) -> Variant:
+    ones = tuple(one for one in layout["ones"] if not one.startswith("y_"))
+    flags: dict[str, Any] = dict.fromkeys(("HAS_B", "REVERSE", "VARYING"), False)
+    return _variant(name, kernels.iir_scan_reduce, 4, **{**layout, "ones": ones, **flags, **options})
+
+
+def _gradients(name: str, layout: dict[str, Any], **options: Any) -> Variant:
+    axis = "channel" if layout["CHANNEL_LANES"] else "time"
+    ones = tuple(f"{signal}_{axis}" for signal in ("l", "x", "y", "gx"))
+    if layout is _ONE_SAMPLE:
+        ones += ("batch", "channels", "time", "chunk", "length", "chunks", "pieces")
+    flags: dict[str, Any] = {"HAS_B": True, "CARRY": True, "NEEDS_X": True, "NEEDS_COEFFICIENTS": True}
+    layout = {**layout, "ones": (*ones, "b_tap")}
+    return _variant(name, kernels.iir_scan_gradients, 4, **{**layout, **flags, **options})
+
+
+AOT_VARIANTS = [
+    _walk("forward, fixed, time", _TIME),
+    _walk("forward, fixed, b, time", _TIME, HAS_B=True),
+    _walk("forward, chunks, b, time", _TIME, HAS_B=True, VARYING=True),
+    _walk("forward, chunks, b, split, time, float16", _TIME, HAS_B=True, VARYING=True, HAS_STATES=True,
+          signal="fp16"),
+    _walk("forward, apart, b, time", _CHUNKS, HAS_B=True, RESTART=True),
+    _walk("forward, chunks, b, channels", _CHANNELS, HAS_B=True, VARYING=True),
+    _walk("forward, apart, b, channels, bfloat16", _HALF_CHANNELS, HAS_B=True, RESTART=True, signal="bf16"),
+    _walk("forward, chunks, b, time, float64", _TIME, HAS_B=True, VARYING=True, signal="fp64",
+          arithmetic="fp64"),
+    _walk("forward, b, one sample", _ONE_SAMPLE, HAS_B=True),
+    _walk("backward, one sample", _ONE_SAMPLE, REVERSE=True),
+    _walk("backward, chunks, time", _TIME, REVERSE=True, VARYING=True),
+    _walk("backward, chunks, split, channels", _CHANNELS, REVERSE=True, VARYING=True, HAS_STATES=True),
+    _reduce("reduce forward, chunks, b, time", _TIME, HAS_B=True, VARYING=True),
+    _reduce("reduce backward, chunks, channels", _CHANNELS, REVERSE=True, VARYING=True),
+    _variant("link", kernels.iir_scan_link, 2, BLOCK=512),
+    _gradients("gradients, one sample", _ONE_SAMPLE),
+    _gradients("gradients, time", _TIME),
+    _gradients("gradients, apart, channels, bfloat16", _HALF_CHANNELS, CARRY=False, signal="bf16"),
+    _gradients("gradients, apart, time", _CHUNKS, CARRY=False),
+    _walk("backward, chunks, split, channels, float64", _CHANNELS | {"LANES": 16, "BLOCK": 64}, REVERSE=True,
+          VARYING=True, HAS_STATES=True, signal="fp64", arithmetic="fp64"),
+    _gradients("gradients, time, float64", _TIME, signal="fp64", arithmetic="fp64"),
+]  # fmt: skip
+
+
+class Resources(NamedTuple):
+    """Of a thread: registers, bytes of stack (spilled registers are there); of a program, shared bytes."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def compiled(variant: Variant, capability: int) -> Resources:
+    """Compile for compute capability ``capability`` / 10, as the launcher would."""
+    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], kernel.metadata.shared)
