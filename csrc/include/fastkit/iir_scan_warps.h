@@ -293,6 +293,7 @@ FASTKIT_UNROLL
         }
         if constexpr (kMaps) {  // the last lane's is the tile's
           warp.each([&](int lane) { total[lane] = map[lane].after(total[lane]); });
+          warp.sync();
         } else {
           auto lower = warp.up(map, 1);
           typename Warp::template PerLane<Two<T>> leaves;
