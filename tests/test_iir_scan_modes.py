@@ -5,6 +5,7 @@ import torch
 
 from fastkit import reference
 from fastkit.ops import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
+from fastkit.ops.iir_scan_autograd import step_of_scan
 from fastkit.testing import Size, assert_matches_reference
 from fastkit.testing.iir_scan import check, expected_results, make_inputs, make_packed_inputs, make_state
 
@@ -569,3 +570,25 @@ def test_sosfilt_of_no_rows(impl, shape):
     assert y.shape == shape
     gradients = torch.autograd.grad(y.sum(), leaves)
     assert_all_equal(gradients, map(torch.zeros_like, leaves))
+
+
+@pytest.mark.parametrize("filters", [None, 1, 2])
+@pytest.mark.parametrize("numerator", [True, False])
+def test_a_step_as_a_scan_of_one_sample(native, filters, numerator):
+    """Which a step on a GPU is; here, the same on the CPU."""
+    x, a, b, _ = make_inputs(Size(2, 3, 1, None), filters=filters, dtype=torch.float64)
+    state = make_state(x, a)
+    leaves = [x[..., 0], a[:, :, 0], b[:, :, 0] if numerator else None, *state]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+    given = [t for t in leaves if t is not None]
+    results = []
+    for step in (step_of_scan, lambda x, a, b, *state: flat(reference.iir_step(x, a, b, IIRState(*state)))):
+        outputs = step(*leaves)
+        results.append([*outputs, *torch.autograd.grad(sum(t.square().sum() for t in outputs), given)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def flat(result):
+    y, state = result
+    return y, *state

@@ -20,6 +20,7 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
+@pytest.mark.slow
 def test_in_the_interpreter():
     """A process of its own: Triton decides as it is imported. It prints its tests."""
     if version("triton").startswith("3.6."):

@@ -174,6 +174,7 @@ struct Arguments {
       packing.emplace(*cu_seqlens, x, chunk);
       chunks = packing->chunks(a, chunk);
       batch = packing->sequences;
+      FASTKIT_CHECK(chunks >= 1 || x.size(2) == 0, "iir_scan: a must have a chunk for the samples of x, got K = 0");
       FASTKIT_CHECK(a.size(2) == chunks || (chunk == kOneChunk && a.size(2) == 1), "iir_scan: a must have K = ",
                     chunks, " chunks for these cu_seqlens", chunk == kOneChunk ? ", one a sequence, or 1" : "",
                     ", got ", a.size(2), "; chunks restart at every sequence: K is the sum of ceil(length / chunk)");

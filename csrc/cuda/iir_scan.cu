@@ -22,7 +22,8 @@ const char* iir_scan_backward_cuda(const IirScanBackward<E>& p, void* stream, co
 template <class Index>
 const char* iir_scan_unpack_cuda(const Index* cu_seqlens, int64_t sequences, int64_t total, int64_t chunk,
                                  bool one_chunk, int64_t* offsets, int64_t* first_chunks, void* stream) {
-  CudaStream on{static_cast<cudaStream_t>(stream), {}};
+  const CudaMemory none;
+  CudaStream on{static_cast<cudaStream_t>(stream), none};
   on.run(iir_scan_warps::Unpack<Index>{cu_seqlens, sequences, total, chunk, one_chunk, offsets, first_chunks}, 1);
   return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
 }

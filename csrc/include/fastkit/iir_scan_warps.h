@@ -8,8 +8,9 @@
 //            have stride 1 a lane has a row of its own, and walks. Rows enough to fill the GPU are one segment each.
 //            Otherwise Segments reduces each segment to its map, Enter follows the maps of a row, and then Segments
 //            walks them all.
-// Bytes      per fp32 sample: forward reads x, writes y (8), reading x twice where rows are cut (12). Backward reads
-//            gy, writes l (8, cut 12), then reads l, x, y and writes gx (16). Coefficients per chunk.
+// Bytes      per fp32 sample: forward reads x, writes y (8), and reads x once more for each filter where rows are cut.
+//            Backward reads gy, writes l (8, cut 12), then reads l, x, y and writes gx (16, without b 12). Per chunk
+//            the coefficients, and of their gradients 20 bytes a piece, written and read again.
 // Numerics   y = (u - a2 y2) - a1 y1; maps in the type of arithmetic, from segment to segment in double. Coefficient
 //            gradients: sums of at most kPiece samples of a lane in the type of arithmetic, then over lanes, then in
 //            double. No atomics: the same call gives the same bits. Of an unstable filter, whose powers overflow
@@ -29,6 +30,7 @@ namespace fastkit::iir_scan_warps {
 
 template <class T>
 inline constexpr int kRun = 64 / sizeof(T);  // samples of a lane in a tile
+inline constexpr int64_t kSegments = 512;    // of a row, at most: Enter follows them one by one
 inline constexpr int kPiece = 128;           // samples of a chunk that one lane sums, at most
 
 template <class T>
@@ -500,7 +502,7 @@ struct ReadOff {
       const int64_t from = begin + piece * piece_length(p);
       const int64_t to = from + piece_length(p) < end ? from + piece_length(p) : end;
       const bool strided = !p.channels_last && !to_lane;  // lanes take turns
-      if (own < row.span.chunks) {
+      if (own < row.span.chunks && from < end) {
         const int first = static_cast<int>(strided ? from + lane : from), stride = strided ? kWarpLanes : 1;
         read_off(row, first, static_cast<int>(to), stride, sum);
       }
@@ -699,7 +701,7 @@ void cut(Walk<E, kReverse>& w, Stream& stream) {
   const int64_t tile = (p.channels_last ? 4 : kWarpLanes) * kRun<Arithmetic<E>>;
   w.segments = 1, w.length = time;
   if (groups > 0 && groups < wanted / 2 && time > tile) {
-    w.segments = (wanted + groups - 1) / groups;
+    w.segments = wanted / groups + 1 < kSegments ? wanted / groups + 1 : kSegments;
     w.length = ((time + w.segments - 1) / w.segments + tile - 1) / tile * tile;
     if (!p.carry && p.chunk < time) w.length = (w.length + p.chunk - 1) / p.chunk * p.chunk;
     w.segments = (time + w.length - 1) / w.length;

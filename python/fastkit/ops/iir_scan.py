@@ -75,14 +75,14 @@ def iir_scan(
         ValueError: a shape, ``chunk``, the name ``impl`` or a pole (with ``check_stable``) is not as above.
         TypeError: an argument is no dense tensor, or its type or dtype is not as above.
         RuntimeError: ``impl`` cannot run here, tensors are on different devices, the values of ``cu_seqlens``
-            or K do not fit, or ``check_stable`` is asked for while compiling.
+            or K do not fit (on a GPU they are clamped), or ``check_stable`` is asked for while compiling.
 
     Numerics: arithmetic in the dtype of the coefficients; the coefficient gradients of a row are summed in
-    float32 over at most 128 samples and in float64 beyond. Subnormal numbers are flushed to zero on x86
-    (a half-precision x or y may be subnormal). A rounding error is filtered like a sample:
-    ``|error| <= 8 eps |A^-1| (|B| |x| + |A - 1| |y|) / 2`` with the absolute impulse responses, which the
-    tests check. With poles near z = 1 (say, 20 Hz at 48 kHz) that is large: take float64 there. Unstable
-    filters are computed: they overflow to inf, and then to NaN. A NaN stays in its row, and with
+    float32 over at most 128 samples (on a GPU, of each lane) and in float64 beyond. Subnormal numbers are
+    flushed to zero on x86 (a half-precision x or y may be subnormal). A rounding error is filtered like a
+    sample: ``|error| <= 8 eps |A^-1| (|B| |x| + |A - 1| |y|) / 2`` with the absolute impulse responses,
+    which the tests check. With poles near z = 1 (say, 20 Hz at 48 kHz) that is large: take float64 there.
+    Unstable filters are computed: they overflow to inf, and then to NaN. A NaN stays in its row, and with
     ``carry=False`` in its chunk.
 
     Support: gradients of any order to x, a and b (``torch.compile`` keeps the first only: PyTorch drops
@@ -91,11 +91,13 @@ def iir_scan(
     half-precision coefficients become float32), deterministic for a given number of threads (another number
     may change the last bit where a few long rows are cut along time).
 
-    Memory and work: 8 bytes and 5 multiply-adds a float32 sample and filter forward, 16 bytes and 10
-    multiply-adds backward; with ``chunk=1``, 20 bytes more forward and 40 more backward. Allocated are the
-    results, a copy of what has other strides (such as the expanded gradient of a sum), and coefficient
-    gradients per row before they are summed over broadcast rows. Saved for backward: x, a, b, y; of a bank,
-    instead of y, 8 F bytes for every 128 samples and for every chunk.
+    Memory and work on the CPU: 8 bytes and 5 multiply-adds a float32 sample and filter forward, 16 bytes
+    and 10 multiply-adds backward; with ``chunk=1``, 20 bytes more forward and 40 more backward. Allocated
+    are the results, a copy of what has other strides (such as the expanded gradient of a sum), and
+    coefficient gradients per row before they are summed over broadcast rows. Saved for backward: x, a, b,
+    y; of a bank, instead of y, 8 F bytes for every 128 samples and for every chunk. On a GPU backward moves
+    24 bytes and allocates one more signal like x in the type of arithmetic, of a bank two, and saves no
+    states.
 
     Source: Lutati, Zimerman, Wolf, "Focus Your Attention (with Adaptive IIR Filters)", EMNLP 2023, eq. 4-8
     as a recurrence; ``carry=True``, the numerator and packed sequences are our extensions.

@@ -546,12 +546,22 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and the state after it."""
     if x.device.type != "cpu":
-        b = None if b is None else b.unsqueeze(2)
-        y, end_y, end_x = scan(x.unsqueeze(-1), a.unsqueeze(2), b, state_y, state_x, _WHOLE, True)
-        return y.squeeze(-1), end_y, end_x
+        return step_of_scan(x, a, b, state_y, state_x)
     if differentiates(x, a, b, state_y, state_x):
         return _Step.apply(x, a, b, state_y, state_x)
     return _step_fwd(x, a, b, state_y, state_x)
+
+
+def step_of_scan(
+    x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor, state_x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step, as a scan of one sample."""
+    one = a.dim() == 4 and a.shape[2] == 1  # a bank of one filter runs as that filter
+    if one:
+        a, b, state_y = a.squeeze(2), None if b is None else b.squeeze(2), state_y.squeeze(2)
+    b = None if b is None else b.unsqueeze(2)
+    y, end_y, end_x = scan(x.unsqueeze(-1), a.unsqueeze(2), b, state_y, state_x, _WHOLE, True)
+    return y.squeeze(-1), end_y.unsqueeze(2) if one else end_y, end_x
 
 
 class _Step(Function):
