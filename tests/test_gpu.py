@@ -2,6 +2,7 @@
 compute-sanitizer (benchmarks/gpu.sh); streams, graphs, more than one device.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,10 +15,8 @@ from fastkit._dispatch import unavailable
 from fastkit.ops.iir_scan import KERNELS
 from fastkit.reference import IIRState
 
-pytestmark = pytest.mark.gpu
 
-
-@pytest.fixture(params=["cuda", "triton"])
+@pytest.fixture(params=[pytest.param(impl, marks=pytest.mark.gpu) for impl in ("cuda", "triton")])
 def impl(request):
     reason = unavailable(request.param, KERNELS)
     if reason is not None:
@@ -47,58 +46,84 @@ MODES = {
     "states": Mode("iir_scan_with_state", (2, 3, 530), (2, 3, 5), {"chunk": 128}, state=True),
     "bank, states": Mode("iir_scan_with_state", (2, 3, 130), (1, 3, 1, 2), {}, state=True),
     "packed": Mode("iir_scan_with_state", (1, 3, 530), (1, 3, 7), {"chunk": 128}, sequences=4, state=True),
+    "chunks longer than segments": Mode("iir_scan", (1, 2, 2500), (1, 2, 3), {"chunk": 1000, "carry": False}),
     "one sample": Mode("iir_scan", (1, 1, 1), (1, 1, 1), {}),
+    "no sample": Mode("iir_scan_with_state", (2, 3, 0), (2, 3, 1), {}, state=True),
     "step": Mode("iir_step", (3, 40), (1, 40), {}, state=True),
+    "step, a bank of one": Mode("iir_step", (3, 40), (1, 40, 1), {}, state=True),
+    "step, bank": Mode("iir_step", (3, 40), (3, 40, 2), {}, state=True),
     "cascade": Mode("sosfilt", (2, 3, 530), (3,), {}),
 }
 
 
-def inputs_of(mode: Mode, dtype: torch.dtype, view: bool) -> dict[str, Tensor]:
+class Inputs(NamedTuple):
+    leaves: dict[str, Tensor]
+    cotangents: tuple[Tensor, ...]  # of the outputs
+
+    def to(self, *target: Any) -> "Inputs":
+        return Inputs(
+            {name: t.detach().to(*target) for name, t in self.leaves.items()},
+            tuple(t.to(*target) for t in self.cotangents),
+        )
+
+
+def inputs_of(mode: Mode, dtype: torch.dtype = torch.float32, view: bool = False) -> Inputs:
     """On the CPU; ``view``: channels have stride 1."""
     generator = torch.Generator().manual_seed(0)
     arithmetic = torch.float32 if dtype.itemsize == 2 else dtype
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(arithmetic)
+
+    def signal() -> Tensor:
+        x = draw(*mode.x).to(dtype)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if view and x.dim() == 3 else x
+
     u1, u2 = (2 * torch.rand(2, *mode.filters, generator=generator) - 1).unbind()
     a = torch.stack([0.9 * u1 * (1 + 0.8 * u2), 0.8 * u2], -1)
-    x = torch.randn(mode.x, generator=generator).to(dtype)
-    if view and x.dim() == 3:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    inputs = {"x": x, "a": a.to(arithmetic)}
-    inputs["b"] = torch.randn(*mode.filters, 3, generator=generator).to(arithmetic)
-    if mode.state:
-        rows = (mode.sequences or mode.x[0], mode.x[1])
-        bank = mode.filters[3 if mode.op != "iir_step" else 2 :]
-        inputs["state_y"] = torch.randn(*rows, *bank, 2, generator=generator).to(arithmetic)
-        inputs["state_x"] = torch.randn(*rows, 2, generator=generator).to(arithmetic)
-    return inputs
+    leaves = {"x": signal(), "a": a.to(arithmetic), "b": draw(*mode.filters, 3)}
+    if not mode.state:
+        return Inputs(leaves, (signal(),))
+    rows = (mode.sequences or mode.x[0], mode.x[1])
+    bank = mode.filters[3 if mode.op != "iir_step" else 2 :]
+    states = {"state_y": draw(*rows, *bank, 2), "state_x": draw(*rows, 2)}
+    return Inputs(leaves | states, (signal(), *(draw(*t.shape) for t in states.values())))
 
 
-def outputs_of(module: Any, mode: Mode, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-    x, a, b, *state = inputs.values()
+def outputs_of(module: Any, mode: Mode, inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    x, a, b, *state = inputs.leaves.values()
     op = getattr(module, mode.op)
     if mode.op == "sosfilt":
         return (op(x, torch.cat([b, torch.ones_like(a[..., :1]), a], -1), **options),)
-    options |= mode.options
-    if mode.sequences:  # one of them empty, and one of one sample
-        options["cu_seqlens"] = torch.tensor([0, 257, 257, 258, 530], device=x.device)
+    options = mode.options | options
+    if mode.sequences and "cu_seqlens" not in options:
+        options["cu_seqlens"] = OFFSETS.to(x.device)
     if not mode.state:
         return (op(x, a, b, **options),)
     y, end = op(x, a, b, IIRState(*state), **options)
     return y, end.y, end.x
 
 
-def results_of(module: Any, mode: Mode, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-    """Outputs and gradients."""
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    outputs = outputs_of(module, mode, leaves, **options)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, [*leaves.values()], cotangents)
+OFFSETS = torch.tensor([0, 257, 257, 258, 530])  # one sequence is empty, and one has one sample
 
 
-def run(mode: Mode, inputs: dict[str, Tensor], impl: str) -> tuple[Tensor, ...]:
+def results_of(
+    module: Any, mode: Mode, inputs: Inputs, *, wanted: Sequence[str] | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """Outputs and the gradients of ``wanted``, of all leaves by default."""
+    names = list(inputs.leaves) if wanted is None else wanted
+    leaves = {name: t.detach().requires_grad_(name in names) for name, t in inputs.leaves.items()}
+    outputs = outputs_of(module, mode, Inputs(leaves, ()), **options)
+    gradients = torch.autograd.grad(
+        outputs, [leaves[name] for name in names], inputs.cotangents, materialize_grads=True
+    )
+    return *(y.detach() for y in outputs), *gradients
+
+
+def run(mode: Mode, inputs: Inputs, impl: str, **options: Any) -> tuple[Tensor, ...]:
     """Results on the GPU; skips what the implementation says that it does not have."""
     try:
-        return results_of(ops, mode, {name: t.cuda() for name, t in inputs.items()}, impl=impl)
+        return results_of(ops, mode, inputs.to("cuda"), impl=impl, **options)
     except RuntimeError as error:
         if f'impl="{impl}" has no' in str(error):
             pytest.skip(str(error))
@@ -109,72 +134,120 @@ def assert_near(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype
     """Up to some roundings of the largest value."""
     eps = 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 256 * torch.finfo(dtype).eps
     for result, value in zip(results, expected, strict=True):
-        error = (result.to("cpu", torch.float64) - value).abs().max()
-        assert error <= eps * value.abs().max()  # nor is NaN
+        assert result.shape == value.shape
+        error = (result.to("cpu", torch.float64) - value).abs()
+        assert (error <= eps * value.abs().max() if value.numel() else error).all()  # nor is NaN
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("view", [False, True], ids=["time", "channels"])
-@pytest.mark.parametrize("mode", MODES)
+# Each mode and layout in one dtype under compute-sanitizer, which takes a second a test.
+CALLS = [
+    pytest.param(mode, view, dtype, marks=[pytest.mark.sanitize] if (i + view) % 4 == j else [])
+    for i, mode in enumerate(MODES)
+    for view in (False, True)
+    for j, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("mode", "view", "dtype"), CALLS, ids=str)
 def test_every_kernel(mode, view, dtype, impl):
     results = run(MODES[mode], inputs_of(MODES[mode], dtype, view), impl)
     assert_near(results, expected_of(mode, dtype, view), dtype)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_compared_is_comparable(mode):
+    """On a CPU, so that a mistake in this file is found without a GPU."""
+    results = results_of(ops, MODES[mode], inputs_of(MODES[mode]), impl="cpu")
+    assert_near(results, expected_of(mode, torch.float32, view=False), torch.float32)
+
+
 @cache
 def expected_of(mode: str, dtype: torch.dtype, view: bool) -> tuple[Tensor, ...]:
-    inputs = inputs_of(MODES[mode], dtype, view)
-    return results_of(reference, MODES[mode], {name: t.double() for name, t in inputs.items()})
+    return results_of(reference, MODES[mode], inputs_of(MODES[mode], dtype, view).to(torch.float64))
+
+
+@pytest.mark.parametrize("wanted", [["x"], ["a", "b"], ["b"], ["state_y"], ["state_x"]], ids=str)
+@pytest.mark.parametrize("mode", ["chunks", "bank", "states", "packed"])
+def test_gradients_of_some(mode, wanted, impl):
+    """What nobody asks for is not computed, and changes nothing else."""
+    inputs = inputs_of(MODES[mode])
+    if not inputs.leaves.keys() >= set(wanted):
+        return
+    everything = run(MODES[mode], inputs, impl)
+    outputs = len(inputs.cotangents)
+    places = [outputs + list(inputs.leaves).index(name) for name in wanted]
+    some = run(MODES[mode], inputs, impl, wanted=wanted)
+    for result, place in zip(some[outputs:], places, strict=True):
+        assert torch.equal(result, everything[place])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "offsets", [[0, 900, 4, 7, 530], [300, 5, 900, 7, 10], [-2, 300, 300, 5, 2]], ids=str
+)
+def test_offsets_that_do_not_fit_stay_within_bounds(offsets, impl):
+    """Their values are not looked at on the host: what is read and written is made to fit."""
+    mode = MODES["packed"]
+    results = run(mode, inputs_of(mode), impl, cu_seqlens=torch.tensor(offsets, device="cuda"))
+    assert all(torch.isfinite(t).all() for t in results)
 
 
 @pytest.mark.parametrize("mode", ["chunks", "fixed, long"])
 def test_the_same_call_gives_the_same_bits(mode, impl):
-    inputs = inputs_of(MODES[mode], torch.float32, view=False)
+    inputs = inputs_of(MODES[mode])
     first = run(MODES[mode], inputs, impl)
     for _ in range(5):
         for again, result in zip(run(MODES[mode], inputs, impl), first, strict=True):
             assert torch.equal(again, result)
 
 
-def test_kernels_run_on_the_current_stream(impl):
+ON_A_STREAM = ["chunks", "fixed, long", "bank", "packed"]  # all that launch more than one kernel
+
+
+@pytest.mark.parametrize("mode", ON_A_STREAM)
+def test_kernels_run_on_the_current_stream(mode, impl):
     """x is written on it, late; a kernel on another stream would read what was there before."""
-    mode = MODES["chunks"]
-    inputs = {name: t.cuda() for name, t in inputs_of(mode, torch.float32, view=False).items()}
-    (expected,) = outputs_of(ops, mode, inputs, impl=impl)
-    late = {**inputs, "x": torch.zeros_like(inputs["x"])}
+    inputs = inputs_of(MODES[mode]).to("cuda")
+    expected = run(MODES[mode], inputs, impl)
+    late = inputs._replace(leaves={**inputs.leaves, "x": torch.zeros_like(inputs.leaves["x"])})
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
-        late["x"].copy_(inputs["x"])
-        (y,) = outputs_of(ops, mode, late, impl=impl)
+        late.leaves["x"].copy_(inputs.leaves["x"])
+        results = run(MODES[mode], late, impl)
     stream.synchronize()
-    assert torch.equal(y, expected)
+    assert all(map(torch.equal, results, expected))
 
 
-def test_a_graph_replays_a_call(impl):
-    mode = MODES["fixed, long"]
-    inputs = {name: t.cuda() for name, t in inputs_of(mode, torch.float32, view=False).items()}
-    outputs_of(ops, mode, inputs, impl=impl)  # Triton compiles outside of the capture
+@pytest.mark.parametrize("mode", ON_A_STREAM)
+def test_a_graph_replays_a_call(mode, impl):
+    """Forward and backward."""
+    mode = MODES[mode]
+    inputs = inputs_of(mode).to("cuda")
+    options = {"cu_seqlens": OFFSETS.cuda()} if mode.sequences else {}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(
+        stream
+    ):  # what is made once, as what Triton compiles, is made outside of the capture
+        run(mode, inputs, impl, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (y,) = outputs_of(ops, mode, inputs, impl=impl)
-    inputs["x"].mul_(2)
+    with torch.cuda.graph(graph, stream=stream):
+        results = run(mode, inputs, impl, **options)
+    inputs.leaves["x"].mul_(2)
     graph.replay()
     torch.cuda.synchronize()
-    (expected,) = outputs_of(ops, mode, inputs, impl=impl)
-    assert torch.equal(y, expected)
+    assert all(map(torch.equal, results, run(mode, inputs, impl, **options)))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_on_the_device_of_their_tensors(impl):
     mode = MODES["chunks"]
-    inputs = inputs_of(mode, torch.float32, view=False)
-    (expected,) = outputs_of(ops, mode, {name: t.cuda(0) for name, t in inputs.items()}, impl=impl)
-    (y,) = outputs_of(ops, mode, {name: t.cuda(1) for name, t in inputs.items()}, impl=impl)
+    inputs = inputs_of(mode)
+    (expected,) = outputs_of(ops, mode, inputs.to("cuda:0"), impl=impl)
+    (y,) = outputs_of(ops, mode, inputs.to("cuda:1"), impl=impl)
     assert y.device.index == 1 and torch.equal(y.cpu(), expected.cpu())

@@ -78,8 +78,8 @@ def check(warps, x, a, b, gy, layout, **options):
 # A tile is 32 lanes of 16 samples (float64: 8) where time has stride 1, 16 samples of a channel else.
 SHORT = [Size(2, 3, 1, None), Size(1, 3, 2, None), Size(2, 3, 3, 1), Size(1, 33, 40, 16), Size(2, 2, 17, 5)]
 LONG = {
-    "time": [Size(1, 2, 530, None), Size(1, 1, 545, 128), Size(1, 1, 515, 7)],
-    "channels": [Size(1, 2, 150, None), Size(1, 3, 145, 64), Size(1, 2, 140, 7)],
+    "time": [Size(1, 2, 530, None), Size(1, 1, 545, 128), Size(1, 1, 515, 7), Size(1, 1, 1100, 600)],
+    "channels": [Size(1, 2, 150, None), Size(1, 3, 145, 64), Size(1, 2, 140, 7), Size(1, 2, 145, 100)],
 }
 ALL = [(layout, size) for layout in LAYOUTS for size in SHORT + LONG[layout]]
 
@@ -152,7 +152,8 @@ def test_results_are_rounded_to_half_precision_as_torch_does(dtype):
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("chunk", [None, 1, 4, 64])
 def test_packed_sequences(chunk, carry, layout):
-    for lengths, filters in ((list(range(10)), None), ([0, 0, 5], 2), ([80, 0, 1, 40], None), ([7, 0], None)):
+    many = [2, 1, 0] * 24  # more than the lanes of a warp
+    for lengths, filters in ((list(range(10)), None), (many, None), ([0, 0, 5], 2), ([80, 0, 1, 40], None)):
         x, a, b, gy, cu_seqlens = make_packed_inputs(lengths, 2, chunk, filters=filters, radius=0.5)
         check(FEW, x, a, b, gy, layout, chunk=chunk, carry=carry, cu_seqlens=cu_seqlens)
     check(FULL, x, a, b, gy, layout, chunk=chunk, carry=carry, cu_seqlens=cu_seqlens)

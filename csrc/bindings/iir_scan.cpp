@@ -38,15 +38,20 @@ bool together(const Tensor& x, const Tensor& t) {
 bool has_unit_stride(const Tensor& x, int axis) { return x.stride(axis) == 1 || x.size(axis) == 1; }
 
 // How the kernels walk a call: along the axis of stride 1 of results laid out like x, or, where neither time
-// nor channels is such an axis, along time in temporary (B, C, T) arrays.
+// nor channels is such an axis, along time in temporary (B, C, T) arrays. Of one sample a row both may be: a GPU would
+// have a warp for each sample along time.
 struct Layout {
   bool direct;
   int axis;
 
   explicit Layout(const Tensor& result)
       : direct(has_unit_stride(result, kTime) || has_unit_stride(result, kChannels)),
-        axis(direct && !has_unit_stride(result, kTime) ? kChannels : kTime) {}
+        axis(prefers_channels(result) ? kChannels : kTime) {}
 
+  static bool prefers_channels(const Tensor& result) {
+    if (!has_unit_stride(result, kChannels)) return false;
+    return !has_unit_stride(result, kTime) || (result.is_cuda() && result.size(kTime) == 1);
+  }
   Tensor temporary(const Tensor& result) const {
     return direct ? empty_like(result) : new_empty(result, {result.size(0), result.size(1), result.size(2)});
   }

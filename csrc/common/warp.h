@@ -23,4 +23,16 @@ namespace fastkit {
 
 inline constexpr int kWarpLanes = 32;
 
+// Of each lane: its v combined with that of every lane below it, combine(upper, lower).
+template <class Warp, class PerLane, class Combine>
+FASTKIT_DEVICE void scan(Warp& warp, PerLane& v, Combine&& combine) {
+FASTKIT_UNROLL
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    auto lower = warp.up(v, distance);
+    warp.each([&](int lane) {
+      if (lane >= distance) v[lane] = combine(v[lane], lower[lane]);
+    });
+  }
+}
+
 }  // namespace fastkit

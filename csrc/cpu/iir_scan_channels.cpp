@@ -346,29 +346,18 @@ int64_t units(const IirScan<E>& p) {
 
 template <class E>
 void forward(const IirScanForward<E>& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (p.b.data != nullptr) {
-      forward_unit<E, true>(p, unit);
-    } else {
-      forward_unit<E, false>(p, unit);
-    }
-  }
+  with_flag(p.b.data != nullptr, [&](auto numerator) {
+    for (int64_t unit = begin; unit < end; ++unit) forward_unit<E, numerator.value>(p, unit);
+  });
 }
 
 template <class E>
 void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const bool numerator = p.b.data != nullptr, sums = p.ga != nullptr;
-    if (numerator && sums) {
-      Backward<E, true, true>(p, unit).run();
-    } else if (numerator) {
-      Backward<E, true, false>(p, unit).run();
-    } else if (sums) {
-      Backward<E, false, true>(p, unit).run();
-    } else {
-      Backward<E, false, false>(p, unit).run();
-    }
-  }
+  with_flag(p.b.data != nullptr, [&](auto numerator) {
+    with_flag(p.ga != nullptr, [&](auto sums) {
+      for (int64_t unit = begin; unit < end; ++unit) Backward<E, numerator.value, sums.value>(p, unit).run();
+    });
+  });
 }
 
 template <class E>

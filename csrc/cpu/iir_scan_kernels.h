@@ -13,6 +13,20 @@ extern const IirScanKernels iir_scan_samples;   // time has stride 1, chunks of 
 // Anything, either stride: banks, cascades (forward only), coefficients that change every few samples.
 extern const IirScanKernels iir_scan_tiles;
 
+// body(Flag<flag>{}): what depends on the flag is decided once, outside of the loops.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <class Body>
+FASTKIT_ALWAYS_INLINE void with_flag(bool flag, Body&& body) {
+  if (flag) {
+    body(Flag<true>{});
+  } else {
+    body(Flag<false>{});
+  }
+}
+
 inline constexpr int64_t kShortChunk = 16;
 inline constexpr int64_t kTimeSplit = 128;  // the least time, and chunk, that iir_scan_time takes
 

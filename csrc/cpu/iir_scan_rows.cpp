@@ -308,24 +308,16 @@ class Backward {
 
 template <class E>
 void forward(const IirScanForward<E>& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (p.b.data != nullptr) {
-      forward_unit<E, true>(p, unit);
-    } else {
-      forward_unit<E, false>(p, unit);
-    }
-  }
+  with_flag(p.b.data != nullptr, [&](auto numerator) {
+    for (int64_t unit = begin; unit < end; ++unit) forward_unit<E, numerator.value>(p, unit);
+  });
 }
 
 template <class E>
 void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (p.b.data != nullptr) {
-      Backward<E, true>(p, unit).run();
-    } else {
-      Backward<E, false>(p, unit).run();
-    }
-  }
+  with_flag(p.b.data != nullptr, [&](auto numerator) {
+    for (int64_t unit = begin; unit < end; ++unit) Backward<E, numerator.value>(p, unit).run();
+  });
 }
 
 template <class E>

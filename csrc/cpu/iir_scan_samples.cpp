@@ -12,6 +12,7 @@
 //            gx = b0 l + r1, r1 = r2 + b1 l, r2 = b2 l: a sample uses its own coefficients alone.
 #define FASTKIT_HALF_VECTORS  // of the tiles' way to memory alone
 #include "cpu/iir_scan_kernels.h"
+#include "cpu/iir_scan_row.h"
 #include "cpu/simd.h"
 
 namespace fastkit::FASTKIT_ISA {
@@ -21,49 +22,12 @@ constexpr int kRows = 2;
 template <class T>
 constexpr int kTile = 2048 / sizeof(T);  // samples; results go to memory in runs of so many
 
-// Two neighbours of a sample, the nearer one first.
-template <class T>
-struct Two {
-  T v1 = 0, v2 = 0;
-};
-
-// One row of a call.
-template <class E>
-struct Row {
-  using T = Arithmetic<E>;
-  const IirScan<E>* p = nullptr;
-  int64_t batch = 0, channel = 0;
-
-  template <class U>
-  U* point(const Signal<U>& signal, const Span& span) const {
-    return signal.data == nullptr ? nullptr : signal.at(batch, channel) + span.begin;
-  }
-  const T* point(const Coefficients<T>& c, const Span& span) const {
-    return c.data == nullptr ? nullptr : c.at(batch, channel) + span.first_chunk * c.chunk;
-  }
-  // Of a dense (B, C, K, taps) array.
-  T* point(T* gradients, int taps, const Span& span) const {
-    return gradients == nullptr ? nullptr
-                                : gradients + (p->row(batch, channel) * p->chunks + span.first_chunk) * taps;
-  }
-  Two<T> state(const T* states) const {
-    if (states == nullptr) return {};
-    const T* at = states + (batch * p->channels + channel) * 2;
-    return {at[0], at[1]};
-  }
-  void set_state(T* states, Two<T> state) const {
-    if (states == nullptr) return;
-    T* at = states + (batch * p->channels + channel) * 2;
-    at[0] = state.v1, at[1] = state.v2;
-  }
-};
-
 // The rows of a unit: of all (b, c), or, packed, of the channels of one sequence.
 template <class E>
 struct Unit {
-  Row<E> rows[kRows] = {};
+  Row<E> rows[kRows];
   int count;
-  Span span;
+  Span span;  // of all its rows
 
   Unit(const IirScan<E>& p, int64_t unit) {
     const bool packed = p.offsets != nullptr;
@@ -71,9 +35,9 @@ struct Unit {
     const int64_t first = (packed ? unit % units : unit) * kRows;
     count = static_cast<int>(all - first < kRows ? all - first : kRows);
     for (int i = 0; i < count; ++i) {
-      rows[i] = {&p, packed ? unit / units : (first + i) / p.channels, packed ? first + i : (first + i) % p.channels};
+      rows[i] = {p, packed ? unit / units : (first + i) / p.channels, packed ? first + i : (first + i) % p.channels};
     }
-    span = p.span(rows[0].batch);
+    span = rows[0].span;
   }
 
   static int64_t units(const IirScan<E>& p) {
@@ -108,8 +72,8 @@ void forward_rows(const IirScanForward<E>& p, const Unit<E>& unit) {
   Two<T> before_x[R], before_y[R];
   for (int i = 0; i < R; ++i) {
     const Row<E>& row = unit.rows[i];
-    x[i] = row.point(p.x, span), y[i] = row.point(p.y, span);
-    a[i] = row.point(p.a, span), b[i] = row.point(p.b, span);
+    x[i] = row.point(p.x), y[i] = row.point(p.y);
+    a[i] = row.point(p.a), b[i] = row.point(p.b);
     before_x[i] = row.state(p.state_x), before_y[i] = row.state(p.state_y);
   }
   const int64_t a_step = p.a.chunk, a_tap = p.a.tap, b_step = p.b.chunk, b_tap = p.b.tap;
@@ -135,7 +99,8 @@ void forward_rows(const IirScanForward<E>& p, const Unit<E>& unit) {
     for (int i = 0; i < R; ++i) write<E>(y[i] + t, tile[i], n, p.stream);
   }
   for (int i = 0; i < R; ++i) {
-    unit.rows[i].set_state(p.end_x, before_x[i]), unit.rows[i].set_state(p.end_y, before_y[i]);
+    unit.rows[i].put_state(p.end_x, before_x[i].v1, before_x[i].v2);
+    unit.rows[i].put_state(p.end_y, before_y[i].v1, before_y[i].v2);
   }
 }
 
@@ -197,7 +162,7 @@ void backward_rows(const IirScanBackward<E>& p, const Unit<E>& unit) {
   Two<T> s[R], r[R];
   for (int i = 0; i < R; ++i) {
     const Row<E>& row = unit.rows[i];
-    gy[i] = row.point(p.gy, span), a[i] = row.point(p.a, span);
+    gy[i] = row.point(p.gy), a[i] = row.point(p.a);
     s[i] = row.state(p.gend_y), r[i] = row.state(p.gend_x);
   }
   alignas(kLineBytes) T l[R][kTile<T>], gx[kTile<T>], signal[kTile<T> + 2], ga[2 * kTile<T>], gb[3 * kTile<T>];
@@ -208,59 +173,53 @@ void backward_rows(const IirScanBackward<E>& p, const Unit<E>& unit) {
     for (int i = 0; i < R; ++i) {
       const Row<E>& row = unit.rows[i];
       if (p.gx.data != nullptr || p.gstate_x != nullptr) {
-        const T* b = kNumerator ? row.point(p.b, span) + t * p.b.chunk : nullptr;
+        const T* b = kNumerator ? row.point(p.b) + t * p.b.chunk : nullptr;
         numerator_adjoint<T>(l[i], b, p.b.chunk, p.b.tap, n, r[i], gx);
       }
-      if (E* to = row.point(p.gx, span)) write<E>(to + t, gx, n, p.stream);
+      if (E* to = row.point(p.gx)) write<E>(to + t, gx, n, p.stream);
       if constexpr (kGradients) {
-        read<E>(row.point(p.y, span), row.state(p.state_y), t, n, signal);
+        read<E>(row.point(p.y), row.state(p.state_y), t, n, signal);
         for (int q = 0; q < n; ++q) ga[2 * q] = -l[i][q] * signal[q + 1], ga[2 * q + 1] = -l[i][q] * signal[q];
-        write<T>(row.point(p.ga, 2, span) + 2 * t, ga, 2 * n, p.stream);
+        write<T>(row.point(p.ga, 2) + 2 * t, ga, 2 * n, p.stream);
       }
       if constexpr (kGradients && kNumerator) {
-        read<E>(row.point(p.x, span), row.state(p.state_x), t, n, signal);
+        read<E>(row.point(p.x), row.state(p.state_x), t, n, signal);
         for (int q = 0; q < n; ++q) {
           for (int j = 0; j < 3; ++j) gb[3 * q + j] = l[i][q] * signal[q + 2 - j];
         }
-        write<T>(row.point(p.gb, 3, span) + 3 * t, gb, 3 * n, p.stream);
+        write<T>(row.point(p.gb, 3) + 3 * t, gb, 3 * n, p.stream);
       }
     }
   }
-  for (int i = 0; i < R; ++i) unit.rows[i].set_state(p.gstate_y, s[i]), unit.rows[i].set_state(p.gstate_x, r[i]);
-}
-
-template <class E, bool kNumerator, bool kGradients>
-void backward_unit(const IirScanBackward<E>& p, const Unit<E>& unit) {
-  if (unit.count == kRows) {
-    backward_rows<E, kNumerator, kGradients, kRows>(p, unit);
-  } else {
-    backward_rows<E, kNumerator, kGradients, 1>(p, unit);
+  for (int i = 0; i < R; ++i) {
+    unit.rows[i].put_state(p.gstate_y, s[i].v1, s[i].v2);
+    unit.rows[i].put_state(p.gstate_x, r[i].v1, r[i].v2);
   }
 }
 
 template <class E>
 void forward(const IirScanForward<E>& p, int64_t begin, int64_t end) {
-  const bool numerator = p.b.data != nullptr;
   for (int64_t index = begin; index < end; ++index) {
     const Unit<E> unit(p, index);
-    if (unit.count == kRows) {
-      numerator ? forward_rows<E, true, kRows>(p, unit) : forward_rows<E, false, kRows>(p, unit);
-    } else {
-      numerator ? forward_rows<E, true, 1>(p, unit) : forward_rows<E, false, 1>(p, unit);
-    }
+    with_flag(p.b.data != nullptr, [&](auto numerator) {
+      with_flag(unit.count == kRows, [&](auto full) {
+        forward_rows<E, numerator.value, full.value ? kRows : 1>(p, unit);
+      });
+    });
   }
 }
 
 template <class E>
 void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
-  const bool numerator = p.b.data != nullptr, gradients = p.ga != nullptr;
   for (int64_t index = begin; index < end; ++index) {
     const Unit<E> unit(p, index);
-    if (numerator) {
-      gradients ? backward_unit<E, true, true>(p, unit) : backward_unit<E, true, false>(p, unit);
-    } else {
-      gradients ? backward_unit<E, false, true>(p, unit) : backward_unit<E, false, false>(p, unit);
-    }
+    with_flag(p.b.data != nullptr, [&](auto numerator) {
+      with_flag(p.ga != nullptr, [&](auto gradients) {
+        with_flag(unit.count == kRows, [&](auto full) {
+          backward_rows<E, numerator.value, gradients.value, full.value ? kRows : 1>(p, unit);
+        });
+      });
+    });
   }
 }
 

@@ -20,6 +20,7 @@
 //            overflow in between, or h, or a product with h, before it does.
 #define FASTKIT_HALF_VECTORS  // shuffles are half of the work
 #include "cpu/iir_scan_kernels.h"
+#include "cpu/iir_scan_row.h"
 #include "cpu/simd.h"
 
 namespace fastkit::FASTKIT_ISA {
@@ -39,19 +40,13 @@ struct Owed {
   double now = 0, next = 0;
 };
 
-// Two neighbouring results, the one nearest to what follows first.
-template <class T>
-struct Last {
-  T v1 = 0, v2 = 0;
-};
-
 template <class T>
 FASTKIT_INLINE bool finite(T value) {
   return value - value == 0;
 }
 
 template <class T>
-FASTKIT_INLINE bool finite(Last<double> end, Vec<T> ends) {
+FASTKIT_INLINE bool finite(Two<double> end, Vec<T> ends) {
   ends -= ends;
   double zero = end.v1 - end.v1 + (end.v2 - end.v2);
   for (int i = 0; i < kLanes<T>; ++i) zero += ends[i];
@@ -68,42 +63,22 @@ struct PreciseOf<double> {
   using type = long double;
 };
 
-// A unit: one row.
 template <class E>
-struct Row {
+FASTKIT_INLINE Row<E> row_of(const IirScan<E>& p, int64_t unit) {
+  return {p, unit / p.channels, unit % p.channels};
+}
+
+template <class E>
+FASTKIT_INLINE Taps<Arithmetic<E>> taps_of(const Row<E>& row, int64_t k) {
   using T = Arithmetic<E>;
-  const IirScan<E>& p;
-  int64_t batch, channel;
-  Span span;
-
-  Row(const IirScan<E>& p, int64_t unit)
-      : p(p), batch(unit / p.channels), channel(unit % p.channels), span(p.span(batch)) {}
-
-  // The row's first sample.
-  template <class U>
-  U* point(const Signal<U>& signal) const {
-    return signal.data == nullptr ? nullptr : signal.at(batch, channel) + span.begin;
-  }
-  Taps<T> taps(int64_t k) const {
-    const T* a = p.a.at(batch, channel) + (span.first_chunk + k) * p.a.chunk;
-    Taps<T> c{a[0], a[p.a.tap]};
-    if (p.b.data == nullptr) return c;
-    const T* b = p.b.at(batch, channel) + (span.first_chunk + k) * p.b.chunk;
-    c.b0 = b[0], c.b1 = b[p.b.tap], c.b2 = b[2 * p.b.tap];
-    return c;
-  }
-  Last<T> state(const T* states) const {
-    if (states == nullptr) return {};
-    const T* at = states + (batch * p.channels + channel) * 2;
-    return {at[0], at[1]};
-  }
-  template <class U>
-  void put_state(T* states, U newest, U older) const {
-    if (states == nullptr) return;
-    T* at = states + (batch * p.channels + channel) * 2;
-    at[0] = static_cast<T>(newest), at[1] = static_cast<T>(older);
-  }
-};
+  const Coefficients<T>&a = row.p->a, &b = row.p->b;
+  const T* at = row.point(a) + k * a.chunk;
+  Taps<T> c{at[0], at[a.tap]};
+  if (b.data == nullptr) return c;
+  at = row.point(b) + k * b.chunk;
+  c.b0 = at[0], c.b1 = at[b.tap], c.b2 = at[2 * b.tap];
+  return c;
+}
 
 // Samples of a segment when n are left: none if so few are left that they are better walked one by one.
 template <class T>
@@ -161,7 +136,7 @@ class Segments {
 
   // The tile of W segments of n samples at x: `owed` to the first one walked becomes `now`, `next` owed to each,
   // `end` the last two results of the last one walked.
-  void enter(const E* x, int n, Owed owed, Vec<T>& now, Vec<T>& next, Last<double>& end) const {
+  void enter(const E* x, int n, Owed owed, Vec<T>& now, Vec<T>& next, Two<double>& end) const {
     const int from = kReverse ? 0 : length_ - n;
     alignas(kLineBytes) T older[W], apart[W], entering[2][W];
     products(x, n, older_ + from, apart_ + from, older, apart);
@@ -229,7 +204,7 @@ class Forward {
   static constexpr int W = kLanes<E>, L = kLine<E>, P = L / W;  // P squares make a line of every segment
 
  public:
-  Forward(const IirScanForward<E>& p, int64_t unit) : p_(p), row_(p, unit), x_(row_.point(p.x)), y_(row_.point(p.y)) {}
+  Forward(const IirScanForward<E>& p, int64_t unit) : p_(p), row_(row_of<E>(p, unit)), x_(row_.point(p.x)), y_(row_.point(p.y)) {}
 
   void run() {
     x1_ = row_.state(p_.state_x), written_ = row_.state(p_.state_y);
@@ -238,7 +213,7 @@ class Forward {
     for (int64_t k = 0; k < row_.span.chunks; ++k) {
       if (!p_.carry && k > 0) x1_ = written_ = {}, exact_ = {};
       const int64_t begin = k * p_.chunk;
-      chunk(row_.taps(k), begin, p_.chunk < time - begin ? begin + p_.chunk : time);
+      chunk(taps_of(row_, k), begin, p_.chunk < time - begin ? begin + p_.chunk : time);
     }
     row_.put_state(p_.end_y, written_.v1, written_.v2);
     row_.put_state(p_.end_x, x1_.v1, x1_.v2);
@@ -261,10 +236,10 @@ class Forward {
     const Owed owed{c.b1 * double{x1_.v1} + c.b2 * double{x1_.v2} - c.a1 * exact_.v1 - c.a2 * exact_.v2,
                     c.b2 * double{x1_.v1} - c.a2 * exact_.v1};
     Vec<T> now, next;
-    Last<double> end;
+    Two<double> end;
     segments_.enter(x_ + t, n, owed, now, next, end);
     const bool streams = p_.stream && n % L == 0 && on_line(y_ + t);
-    const Last<Vec<T>> y = streams ? walk<P, true>(c, x_ + t, y_ + t, n, now, next)
+    const Two<Vec<T>> y = streams ? walk<P, true>(c, x_ + t, y_ + t, n, now, next)
                                    : walk<1, false>(c, x_ + t, y_ + t, n, now, next);
     if (!finite<T>(end, y.v1)) return one_by_one<true>(c, t, W * n);
     exact_ = end, written_ = {y.v1[W - 1], y.v2[W - 1]};
@@ -274,7 +249,7 @@ class Forward {
 
   // y of a tile, kSquares at a time; returns the segments' last two.
   template <int kSquares, bool kStream>
-  FASTKIT_ALWAYS_INLINE Last<Vec<T>> walk(const Taps<T>& c, const E* x, E* y, int n, Vec<T> now, Vec<T> next) {
+  FASTKIT_ALWAYS_INLINE Two<Vec<T>> walk(const Taps<T>& c, const E* x, E* y, int n, Vec<T> now, Vec<T> next) {
     const Vec<T> a1 = Vec<T>{} + c.a1, a2 = Vec<T>{} + c.a2;
     const Vec<T> b0 = Vec<T>{} + c.b0, b1 = Vec<T>{} + c.b1, b2 = Vec<T>{} + c.b2;
     Vec<T> y1{}, y2{};
@@ -330,9 +305,9 @@ class Forward {
   const Row<E> row_;
   const E* const x_;
   E* const y_;
-  Last<T> x1_;          // x of the two samples before the present one
-  Last<T> written_;     // y of them as they were written, but for the rounding to half precision
-  Last<double> exact_;  // and more precisely
+  Two<T> x1_;          // x of the two samples before the present one
+  Two<T> written_;     // y of them as they were written, but for the rounding to half precision
+  Two<double> exact_;  // and more precisely
   Segments<E, kNumerator, false> segments_;
 };
 
@@ -345,10 +320,10 @@ class Backward {
 
  public:
   Backward(const IirScanBackward<E>& p, int64_t unit)
-      : p_(p), row_(p, unit), gy_(row_.point(p.gy)), x_(row_.point(p.x)), y_(row_.point(p.y)), gx_(row_.point(p.gx)) {}
+      : p_(p), row_(row_of<E>(p, unit)), gy_(row_.point(p.gy)), x_(row_.point(p.x)), y_(row_.point(p.y)), gx_(row_.point(p.gx)) {}
 
   void run() {
-    const Last<T> gend_y = row_.state(p_.gend_y), gend_x = row_.state(p_.gend_x);
+    const Two<T> gend_y = row_.state(p_.gend_y), gend_x = row_.state(p_.gend_x);
     s_ = {gend_y.v1, gend_y.v2}, r_ = {gend_x.v1, gend_x.v2};
     const int64_t time = row_.span.time;
     for (int64_t k = row_.span.chunks; k-- > 0;) {
@@ -363,7 +338,7 @@ class Backward {
  private:
   void chunk(int64_t k, int64_t begin, int64_t end) {
     if (begin == end) return;  // a sequence without samples
-    const Taps<T> c = row_.taps(k);
+    const Taps<T> c = taps_of(row_, k);
     l_ = {};
     for (Doubles& sum : total_) sum = Doubles{};
 
@@ -391,7 +366,7 @@ class Backward {
 
   void tile(const Taps<T>& c, int64_t t, int n, int64_t end) {
     Vec<T> now, next;
-    Last<double> exact;
+    Two<double> exact;
     segments_.enter(gy_ + t, n, s_, now, next, exact);
     if (finite<T>(exact, walk(c, t, n, now, next))) {
       s_ = {-c.a1 * exact.v1 - c.a2 * exact.v2, -c.a2 * exact.v1};
@@ -528,14 +503,13 @@ class Backward {
         add_history(sum[3], sum[4], {widened<E>(x_[begin - 1]), widened<E>(x_[begin - 2])}, n);
       }
     }
-    const int64_t at = p_.row(row_.batch, row_.channel) * p_.chunks + row_.span.first_chunk + k;
-    for (int q = 0; q < 2; ++q) p_.ga[2 * at + q] = static_cast<T>(-sum[q]);
+    for (int q = 0; q < 2; ++q) row_.point(p_.ga, 2)[2 * k + q] = static_cast<T>(-sum[q]);
     if constexpr (kNumerator) {
-      for (int q = 0; q < 3; ++q) p_.gb[3 * at + q] = static_cast<T>(sum[2 + q]);
+      for (int q = 0; q < 3; ++q) row_.point(p_.gb, 3)[3 * k + q] = static_cast<T>(sum[2 + q]);
     }
   }
 
-  void add_history(double& lag1, double& lag2, Last<T> before, int64_t n) const {
+  void add_history(double& lag1, double& lag2, Two<T> before, int64_t n) const {
     lag1 += double{l_.v1} * before.v1, lag2 += double{l_.v1} * before.v2;
     if (n > 1) lag2 += double{l_.v2} * before.v1;
   }
@@ -544,7 +518,7 @@ class Backward {
   const Row<E> row_;
   const E *const gy_, *const x_, *const y_;
   E* const gx_;
-  Last<T> l_;  // l of the two samples after the present one, zero past the chunk's end
+  Two<T> l_;  // l of the two samples after the present one, zero past the chunk's end
   // To gy of the present sample and the one before it; to gx of the chunk's last sample and the one before.
   Owed s_, r_;
   Doubles total_[kSums];  // l1 y, l2 y, l0 x, l1 x, l2 x
@@ -559,29 +533,18 @@ int64_t units(const IirScan<E>& p) {
 
 template <class E>
 void forward(const IirScanForward<E>& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (p.b.data != nullptr) {
-      Forward<E, true>(p, unit).run();
-    } else {
-      Forward<E, false>(p, unit).run();
-    }
-  }
+  with_flag(p.b.data != nullptr, [&](auto numerator) {
+    for (int64_t unit = begin; unit < end; ++unit) Forward<E, numerator.value>(p, unit).run();
+  });
 }
 
 template <class E>
 void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const bool numerator = p.b.data != nullptr, sums = p.ga != nullptr;
-    if (numerator && sums) {
-      Backward<E, true, true>(p, unit).run();
-    } else if (numerator) {
-      Backward<E, true, false>(p, unit).run();
-    } else if (sums) {
-      Backward<E, false, true>(p, unit).run();
-    } else {
-      Backward<E, false, false>(p, unit).run();
-    }
-  }
+  with_flag(p.b.data != nullptr, [&](auto numerator) {
+    with_flag(p.ga != nullptr, [&](auto sums) {
+      for (int64_t unit = begin; unit < end; ++unit) Backward<E, numerator.value, sums.value>(p, unit).run();
+    });
+  });
 }
 
 template <class E>

@@ -1,5 +1,6 @@
 // The GPU's iir_scan on the host, for tests: the same functors, a warp that is a loop (host/warp.h).
-#include "fastkit/iir_scan_warps.h"
+#include "fastkit/iir_scan_warps_gradients.h"
+#include "fastkit/iir_scan_warps_packed.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -76,7 +77,7 @@ struct Call {
     p.chunk = chunk, p.carry = carry;
     const bool one_chunk = chunk == int64_t{1} << 62;
     p.chunks = cu_seqlens && one_chunk ? p.batch : a.shape(2);
-    p.channels_last = stride(x, 2) != 1 && x.shape(2) != 1;
+    p.channels_last = stride(x, 1) == 1 && (stride(x, 2) != 1 || x.shape(2) == 1);
     p.x = signal<const E>(x.data(), x, cu_seqlens.has_value());
     p.a = coefficients(a);
     if (b) p.b = coefficients(*b);

@@ -32,6 +32,12 @@ struct Coefficients {
   FASTKIT_ALWAYS_INLINE const T* at(int64_t b, int64_t c) const { return data + b * batch + c * channel; }
 };
 
+// Two neighbouring samples of a row, the one nearer to what follows first.
+template <class T>
+struct Two {
+  T v1 = 0, v2 = 0;
+};
+
 // What a unit walks through: samples [begin, begin + time) of every signal, chunks [first_chunk, first_chunk +
 // chunks) of every array that has one entry a chunk.
 struct Span {
