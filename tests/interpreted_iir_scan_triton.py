@@ -4,9 +4,13 @@
 imported.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.library import opcheck
 from triton.runtime import interpreter
 
@@ -149,6 +153,72 @@ def test_dtypes(layout, dtype):
         for name, result in results.items():  # the interpreter cuts off to bfloat16: errors lean one way
             error = (result.double() - expected[name].value).abs()
             assert (error <= expected[name].budget).all(), name
+
+
+# Beyond 32 bits
+
+
+FAR = 2**30 + 8  # a stride: it fits, but twice it does not
+
+
+@pytest.fixture
+def far(tmp_path):
+    """Copies in a file of holes, the last axis FAR apart; where 32 bits would go instead there are zeros."""
+    memory = torch.from_file(str(tmp_path / "holes"), shared=True, size=7 * 2**30, dtype=torch.float32)
+    begins = itertools.count(2**31, 4096)
+
+    def copy(t):
+        return memory.as_strided(t.shape, (*t.stride()[:-1], FAR), next(begins)).copy_(t)
+
+    return copy
+
+
+@pytest.mark.parametrize("layout", ["time", "channels"])
+def test_times_far_apart(far, layout, monkeypatch):
+    x, a, b, gy = make_inputs(Size(2, 3, 3, None))
+    expected = expected_results(x, a, b, gy)
+    x, gy = far(LAYOUTS[layout](x)), far(gy)
+    y = torch.ops.fastkit_triton.iir_scan_fwd(x, a, b, 16, True)
+    monkeypatch.setattr(torch, "empty_like", lambda t, dtype=None: far(LAYOUTS[layout](torch.zeros(t.shape))))
+    gradients = torch.ops.fastkit_triton.iir_scan_bwd(gy, x, far(y), a, b, 16, True, True, True)
+    for name, result in zip(("y", "gx", "ga", "gb"), (y, *gradients), strict=True):
+        error = (result.double() - expected[name].value).abs()
+        assert (error <= expected[name].budget).all(), name
+
+
+@pytest.mark.parametrize("layout", ["time", "channels"])
+def test_coefficients_far_apart(far, layout):
+    x, a, b, gy = make_inputs(Size(2, 3, 40, 16))
+    check(LAYOUTS[layout](x), far(a), far(b), gy, chunk=16, impl="triton")
+
+
+@triton.jit
+def places_of_walks(out, batch, channels, segments, CHANNEL_LANES: tl.constexpr, LANES: tl.constexpr):
+    entry, channel, segment, valid = kernels._walks(batch, channels, segments, CHANNEL_LANES, LANES)
+    out += tl.arange(0, LANES)[:, None]
+    tl.store(out, entry)
+    tl.store(out + LANES, channel)
+    tl.store(out + 2 * LANES, segment)
+    tl.store(out + 3 * LANES, valid)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "program", "channel_lanes", "first", "valid"),
+    [
+        ((2**31 + 5, 1, 1), 2**25, False, (2**31, 0, 0), 5),
+        ((2**29, 3, 2), 3 * 2**24 - 1, False, (2**29 - 11, 1, 0), 64),
+        ((2, 2**31 - 3, 2), 2**25, True, (0, 0, 1), 64),
+        ((2, 2**31 - 3, 2), 2**27 - 1, True, (1, 2**31 - 64, 1), 61),
+    ],
+)
+def test_more_walks_than_32_bits_count(monkeypatch, sizes, program, channel_lanes, first, valid):
+    """Where a program deep in the grid works, whose walks no memory here would hold."""
+    handle = interpreter.TensorHandle(np.array([program], np.int32), tl.int32)
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda axis: handle)
+    out = torch.empty(4, 64, dtype=torch.int64)
+    places_of_walks[(1,)](out, *sizes, CHANNEL_LANES=channel_lanes, LANES=64)
+    assert tuple(out[:3, 0].tolist()) == first
+    assert out[3].tolist() == [1] * valid + [0] * (64 - valid)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])

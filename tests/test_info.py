@@ -17,8 +17,8 @@ def test_available_answers_true_or_a_reason_for_every_implementation():
     assert list(answers) == ["reference", "cpu", "cuda", "triton"]
     assert answers["reference"] is True
     assert answers["cpu"] is (True if _native.REASON is None else _native.REASON)
-    missing = "triton is not installed; pip install 'fastkit[triton]'", "no CUDA device"
-    assert answers["triton"] is True or answers["triton"] in missing
+    missing = "triton is not installed", "no CUDA device", "no C compiler", "no Python.h"
+    assert answers["triton"] is True or answers["triton"].startswith(missing)
 
 
 def test_unknown_op_is_refused():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,7 +32,9 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
     if impl == "triton":
         if not _HAS_TRITON:
             return "triton is not installed; pip install 'fastkit[triton]'"
-        return None if torch.cuda.is_available() or _interpreting() else "no CUDA device"
+        if _interpreting():
+            return None
+        return _missing_build_tool() if torch.cuda.is_available() else "no CUDA device"
     if _native.REASON is not None:
         return _native.REASON
     if impl == "cuda":
@@ -48,13 +53,12 @@ def choose(op: str, impl: Impl | None, x: torch.Tensor, kernels: Kernels) -> Imp
     """
     device = x.device.type
     if impl is None:
-        here = _OF_DEVICE.get(device, ())
-        covering: list[Impl] = [name for name in here if x.dtype in kernels.get(name, ())]
+        covering = _covering(x, kernels)
         for name in covering:
             if unavailable(name, kernels) is None:
                 return name
         if covering:
-            _native.warn_once()
+            _native.warn_once(_why_not(covering, kernels))
         return "reference"
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)} or None, got {impl!r}")
@@ -69,6 +73,60 @@ def choose(op: str, impl: Impl | None, x: torch.Tensor, kernels: Kernels) -> Imp
         names = ", ".join(str(dtype) for dtype in kernels[impl])
         raise RuntimeError(f'{op}: impl="{impl}" covers {names}, got {x.dtype}; use impl="reference"')
     return impl
+
+
+def covered(
+    op: str, impl: Impl | None, x: torch.Tensor, kernels: Kernels, chosen: Impl, *, absent: str | None
+) -> Impl:
+    """What runs a call for which ``chosen`` was chosen, where ``absent`` of it has no kernel there."""
+    if absent is None:
+        return chosen
+    lack = f'impl="{chosen}" has no {absent}'
+    if impl is not None:
+        raise RuntimeError(f'{op}: {lack}; use impl="{x.device.type}"')
+    others: list[Impl] = [name for name in _covering(x, kernels) if name != chosen]
+    _native.warn_once(f"{lack}; {_why_not(others, kernels)}" if others else lack)
+    return "reference"
+
+
+def _covering(x: torch.Tensor, kernels: Kernels) -> list[Impl]:
+    """The implementations with kernels for x's device and dtype, the best one first."""
+    return [name for name in _OF_DEVICE.get(x.device.type, ()) if x.dtype in kernels.get(name, ())]
+
+
+def _why_not(impls: list[Impl], kernels: Kernels) -> str:
+    return "; ".join(f'impl="{name}" cannot run: {unavailable(name, kernels)}' for name in impls)
+
+
+def _missing_build_tool() -> str | None:
+    return _search_build_tools()
+
+
+# As torch.compiler.assume_constant_result has it, which would import the compiler: files cannot be traced.
+_missing_build_tool._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@functools.cache
+def _search_build_tools() -> str | None:
+    """What is not there of the C compiler and Python's headers, with which Triton builds its launcher.
+
+    It is looked for where ``triton.runtime.build`` does, and headers also where gcc and clang do.
+    """
+    import sysconfig  # torch alone does not
+
+    compiler = os.environ.get("CC")
+    if compiler is not None:
+        if shutil.which(compiler) is None:
+            return f"no C compiler {compiler!r} (set CC)"
+    elif shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "no C compiler (set CC)"
+    scheme = sysconfig.get_default_scheme()
+    folders = [sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)]
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        folders += filter(None, os.environ.get(variable, "").split(os.pathsep))
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        return "no Python.h (install python3-dev)"
+    return None
 
 
 def _interpreting() -> bool:

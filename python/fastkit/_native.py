@@ -47,10 +47,10 @@ BUILD_INFO, REASON = _load(LIBRARY, _SCHEMA)
 """What the library says of itself, and why it is not used (None when it is)."""
 
 
-def warn_once() -> None:
-    """Say, the first time a call falls back to the reference for want of the library, why."""
+def warn_once(reason: str) -> None:
+    """Say, the first time a call falls back to the reference for want of a kernel here, why."""
     global _warned
-    if torch.compiler.is_compiling() or REASON is None or _warned:
+    if torch.compiler.is_compiling() or _warned:
         return
     _warned = True
-    warnings.warn(f"fastkit runs its slow reference implementations: {REASON}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"fastkit runs its slow reference implementations: {reason}", RuntimeWarning, stacklevel=4)

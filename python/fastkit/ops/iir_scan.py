@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkit import reference
 from fastkit._autograd import transforms
-from fastkit._dispatch import Impl, Kernels, choose
+from fastkit._dispatch import Impl, Kernels, choose, covered
 from fastkit.ops.iir_scan_autograd import ONE_CHUNK, Call, scan, series, step
 from fastkit.ops.iir_scan_checks import (
     HALF,
@@ -65,7 +65,8 @@ def iir_scan(
         check_stable: refuse poles on or outside the unit circle (reads ``a``: synchronises a GPU).
         impl: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` runs exactly that, backward included, or
             raises. Triton has single filters, fixed or of chunks of 16 samples and more. Default: the kernel
-            where one covers the device and the call, else the reference.
+            where one covers the device and the call, else the reference; where that is for want of a
+            kernel that another installation has, one warning says so.
 
     Returns:
         y, ``(B, C, T)``, with the dtype of x and, where x is dense, its strides. It is saved for backward:
@@ -115,7 +116,7 @@ def iir_scan(
         refuse_unstable("iir_scan", a)
     chosen = choose("iir_scan", impl, x, KERNELS)
     if chosen == "triton":
-        chosen = _covered("iir_scan", impl, x, absent(x, a, chunk, cu_seqlens))
+        chosen = covered("iir_scan", impl, x, KERNELS, chosen, absent=absent(x, a, chunk, cu_seqlens))
     return _scan("iir_scan", x, a, b, None, chunk, carry, cu_seqlens, chosen, needs_end=False)[0]
 
 
@@ -168,7 +169,7 @@ def iir_scan_with_state(
         refuse_unstable(op, a)
     chosen = choose(op, impl, x, KERNELS)
     if chosen == "triton":
-        chosen = _covered(op, impl, x, "states")
+        chosen = covered(op, impl, x, KERNELS, chosen, absent="states")
     y, end_y, end_x = _scan(op, x, a, b, state, chunk, carry, cu_seqlens, chosen, needs_end=True)
     return y, IIRState(end_y, end_x)
 
@@ -216,7 +217,7 @@ def iir_step(
         state = IIRState(a.new_zeros(batch, channels, *filters, 2), a.new_zeros(batch, channels, 2))
     chosen = choose(op, impl, x_t, KERNELS)
     if chosen == "triton":
-        chosen = _covered(op, impl, x_t, "single steps")
+        chosen = covered(op, impl, x_t, KERNELS, chosen, absent="single steps")
     if chosen == "reference" or (transforms() and not torch.compiler.is_compiling()):
         return reference.iir_step(x_t, a, b, state)
     y, end_y, end_x = step(x_t, a, b, state.y, state.x)
@@ -275,7 +276,7 @@ def sosfilt(
         )
     chosen = choose(op, impl, x, KERNELS)
     if chosen == "triton":
-        chosen = _covered(op, impl, x, "cascades")
+        chosen = covered(op, impl, x, KERNELS, chosen, absent="cascades")
     if chosen == "reference":
         return reference.sosfilt(x, sos)
     sos = sos / sos[:, 3:4]
@@ -311,15 +312,6 @@ def _scan(
     call = Call(cu_seqlens, ONE_CHUNK if chunk is None else chunk, carry, impl == "triton")
     y, end_y, end_x = scan(x, a, b, state_y, state_x, call, needs_end)
     return y, end_y.unsqueeze(2) if one and needs_end else end_y, end_x
-
-
-def _covered(op: str, impl: Impl | None, x: Tensor, absent: str | None) -> Impl:
-    """What runs a call for which Triton was chosen, where ``absent`` of it has no kernel there."""
-    if absent is None:
-        return "triton"
-    if impl is None:
-        return "reference"
-    raise RuntimeError(f'{op}: impl="triton" has no {absent}; use impl="{x.device.type}"')
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:

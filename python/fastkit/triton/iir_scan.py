@@ -55,22 +55,23 @@ def _then(m00, m01, m10, m11, v0, v1, n00, n01, n10, n11, w0, w1):
 
 @triton.jit
 def _walks(batch, channels, segments, CHANNEL_LANES: tl.constexpr, LANES: tl.constexpr):
-    # Batch entry, channel and segment of each lane, (LANES, 1), and whether there is one.
+    # Batch entry, channel and segment of each lane, (LANES, 1), and whether there is one. Of walks and of
+    # channels there may be 2^31; of programs and of the segments of a row there are fewer.
     program = tl.program_id(0)
     lane = tl.arange(0, LANES)[:, None]
     if CHANNEL_LANES:
-        blocks = tl.cdiv(channels, LANES)
-        channel = program % blocks * LANES + lane
+        blocks = (channels - 1) // LANES + 1
+        channel = (program % blocks).to(tl.int64) * LANES + lane
         segment = program // blocks % segments + tl.zeros_like(lane)
-        entry = program // blocks // segments + tl.zeros_like(lane)
+        entry = program // blocks // segments + tl.zeros_like(channel)
         valid = channel < channels
     else:
-        walk = program * LANES + lane
-        segment = walk % segments
+        walk = program.to(tl.int64) * LANES + lane
+        segment = (walk % segments).to(tl.int32)
         channel = walk // segments % channels
         entry = walk // segments // channels
         valid = entry < batch
-    return entry.to(tl.int64), channel.to(tl.int64), segment, valid
+    return entry, channel, segment, valid
 
 
 @triton.jit
@@ -102,10 +103,10 @@ def _scanned_tile(
         if VARYING:
             b = b + k * b_chunk
         x1 = tl.load(at - x_time, mask=inside & (t - 1 >= first), other=0.0).to(a1.dtype)
-        x2 = tl.load(at - 2 * x_time, mask=inside & (t - 2 >= first), other=0.0).to(a1.dtype)
+        x2 = tl.load(at - x_time - x_time, mask=inside & (t - 2 >= first), other=0.0).to(a1.dtype)
         v = v * tl.load(b, mask=known, other=0.0)
         v += x1 * tl.load(b + b_tap, mask=known, other=0.0)
-        v += x2 * tl.load(b + 2 * b_tap, mask=known, other=0.0)
+        v += x2 * tl.load(b + b_tap + b_tap, mask=known, other=0.0)
     zero = tl.zeros_like(v)
     if REVERSE:
         maps = (zero - a1, zero + 1.0, zero - a2, zero, v, zero)
@@ -145,7 +146,7 @@ def iir_scan_reduce(
         )  # fmt: skip
     order = segments - 1 - segment if REVERSE else segment
     maps += (entry * channels + channel) * segments + order
-    plane = batch * channels * segments
+    plane = batch * channels * segments  # small: only few walks are cut
     tl.store(maps, m00, mask=valid)
     tl.store(maps + plane, m01, mask=valid)
     tl.store(maps + 2 * plane, m10, mask=valid)
@@ -263,9 +264,9 @@ def iir_scan_gradients(
             b += k.to(tl.int64) * b_chunk
             b0 = tl.load(b, mask=valid, other=0.0)
             b1 = tl.load(b + b_tap, mask=valid, other=0.0)
-            b2 = tl.load(b + 2 * b_tap, mask=valid, other=0.0)
+            b2 = tl.load(b + b_tap + b_tap, mask=valid, other=0.0)
             b1_after = tl.load(after + b_tap, mask=valid, other=0.0)
-            b2_after = tl.load(after + 2 * b_tap, mask=valid, other=0.0)
+            b2_after = tl.load(after + b_tap + b_tap, mask=valid, other=0.0)
     if NEEDS_COEFFICIENTS:
         y += entry * y_batch + channel * y_channel
         ga1 = tl.zeros([LANES, BLOCK], arithmetic)
@@ -284,7 +285,7 @@ def iir_scan_gradients(
         if NEEDS_X:
             if HAS_B:
                 l1 = tl.load(at + l_time, mask=inside & (t + 1 < last), other=0.0)
-                l2 = tl.load(at + 2 * l_time, mask=inside & (t + 2 < last), other=0.0)
+                l2 = tl.load(at + l_time + l_time, mask=inside & (t + 2 < last), other=0.0)
                 g = b0 * l0
                 g += tl.where(t + 1 < end_of_chunk, b1, b1_after) * l1
                 g += tl.where(t + 2 < end_of_chunk, b2, b2_after) * l2
@@ -296,12 +297,12 @@ def iir_scan_gradients(
             two_before = inside & (t - 2 >= first)
             at = y + t.to(tl.int64) * y_time
             ga1 -= l0 * tl.load(at - y_time, mask=one_before, other=0.0).to(arithmetic)
-            ga2 -= l0 * tl.load(at - 2 * y_time, mask=two_before, other=0.0).to(arithmetic)
+            ga2 -= l0 * tl.load(at - y_time - y_time, mask=two_before, other=0.0).to(arithmetic)
             if HAS_B:
                 at = x + t.to(tl.int64) * x_time
                 gb0 += l0 * tl.load(at, mask=inside, other=0.0).to(arithmetic)
                 gb1 += l0 * tl.load(at - x_time, mask=one_before, other=0.0).to(arithmetic)
-                gb2 += l0 * tl.load(at - 2 * x_time, mask=two_before, other=0.0).to(arithmetic)
+                gb2 += l0 * tl.load(at - x_time - x_time, mask=two_before, other=0.0).to(arithmetic)
     if NEEDS_COEFFICIENTS:
         place = (entry * channels + channel) * chunks * pieces + segment
         tl.store(ga + 2 * place, tl.sum(ga1, axis=1)[:, None], mask=valid)
