@@ -7,7 +7,7 @@ import torch
 
 from fastkit import reference
 from fastkit.ops import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
-from fastkit.testing import Size
+from fastkit.testing import Size, threads
 from fastkit.testing.iir_scan import check, make_inputs, make_packed_inputs, make_state
 
 pytestmark = pytest.mark.native
@@ -251,12 +251,8 @@ def test_subnormal_float16_is_kept(native):
 
 
 def of_threads(count, call):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
+    with threads(count):
         return call()
-    finally:
-        torch.set_num_threads(before)
 
 
 CALLS = {

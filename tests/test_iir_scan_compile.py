@@ -41,19 +41,28 @@ LAYOUTS = {
 }
 
 
-def opcheck_scan(x, a, b, gy, state, offsets, chunk, carry):
+CHECKS = "test_schema", "test_autograd_registration", "test_faketensor"
+TRACED = (*CHECKS, "test_aot_dispatch_dynamic")  # several times as long
+
+
+def opcheck_scan(x, a, b, gy, state, offsets, chunk, carry, traced=True):
+    """Every call that the op may make of the raw ops; those with the most results are traced too."""
     forward, backward = RAW.iir_scan_fwd.default, RAW.iir_scan_bwd.default
     bank = a.dim() == 5
     call = (*state, offsets, chunk, carry)
     for needs_end in (False, True):
-        opcheck(forward, (x, a, b, *call, needs_end, False))
+        checks = TRACED if traced and needs_end else CHECKS
+        opcheck(forward, (x, a, b, *call, needs_end, False), test_utils=checks)
     if bank:  # a few of the borders belong to no tile and are not written: there is nothing to compare
         opcheck(forward, (x, a, b, *call, False, True), test_utils=("test_schema", "test_faketensor"))
     y, end_y, end_x, borders = forward(x, a, b, *call, True, bank)
     saved = (x, None, borders) if bank else (x, y, None)
     for gend in ((None, None), (end_y, end_x)):
         for needs in itertools.product((False, True), repeat=2):
-            opcheck(backward, (gy, *gend, *saved, a, b, *call, *needs))
+            # All there is, and the least: neither cotangents of the end nor gradients of coefficients.
+            most, least = gend[0] is not None and all(needs), gend[0] is None and needs == (True, False)
+            checks = TRACED if traced and (most or least) else CHECKS
+            opcheck(backward, (gy, *gend, *saved, a, b, *call, *needs), test_utils=checks)
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -64,7 +73,8 @@ def test_opcheck_of_a_scan(native, filters, layout, numerator, with_state):
     x, a, b, gy = make_inputs(Size(2, 3, 9, 4), filters=filters)
     state = make_state(x, a) if with_state else (None, None)
     b = b if numerator else None
-    opcheck_scan(LAYOUTS[layout](x), a, b, gy, state, None, 4, not numerator)
+    traced = (filters is None) ^ numerator ^ with_state  # half of the cases, with every pair of parameters
+    opcheck_scan(LAYOUTS[layout](x), a, b, gy, state, None, 4, not numerator, traced)
 
 
 @pytest.mark.parametrize("chunk", [4, ONE_CHUNK])
@@ -96,8 +106,9 @@ def test_opcheck_of_a_step(native, filters, dtype):
     x, a, b, _ = make_inputs(Size(2, 5, 1, None), filters=filters, dtype=dtype)
     state = make_state(x, a)
     for x_t in (x[..., 0], x[..., 0].mT.contiguous().mT):
-        opcheck(RAW.iir_step_fwd.default, (x_t, a[:1, :, 0], b[:, :1, 0], *state))
-        opcheck(RAW.iir_step_fwd.default, (x_t, a[:, :, 0], None, *state))
+        checks = TRACED if dtype == torch.float32 else CHECKS
+        opcheck(RAW.iir_step_fwd.default, (x_t, a[:1, :, 0], b[:, :1, 0], *state), test_utils=checks)
+        opcheck(RAW.iir_step_fwd.default, (x_t, a[:, :, 0], None, *state), test_utils=checks)
 
 
 # Graphs

@@ -3,8 +3,6 @@
 ``python tests/test_iir_scan_contract.py`` writes the table into docs/ops/iir_scan.md, between its markers.
 """
 
-import contextlib
-import io
 import math
 import re
 from collections.abc import Callable
@@ -365,24 +363,6 @@ def page() -> str:
 def test_page_has_the_table():
     text = page()
     assert text == with_table(text), f"run: python {Path(__file__).name}"
-
-
-def test_examples_of_the_page_run():
-    """The first gives the imports; each of the others runs after it alone. They print what comments say."""
-    pytest.importorskip("scipy")
-    first, *others = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
-    for example in ("", *others):
-        names: dict[str, Any] = {}
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            for code in (first, example):
-                exec(compile(code, str(PAGE), "exec"), names)
-        claimed = re.findall(r"^print\(.*\)  # (.*)$", first + example, re.MULTILINE)
-        assert printed.getvalue().splitlines() == claimed, example
-
-
-def test_lines_of_the_page_are_short():
-    assert [line for line in page().splitlines() if len(line) > 120] == []
 
 
 # A diagonal state-space model is a bank

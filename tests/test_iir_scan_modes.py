@@ -6,7 +6,7 @@ import torch
 from fastkit import reference
 from fastkit.ops import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
 from fastkit.ops.iir_scan_autograd import step_of_scan
-from fastkit.testing import Size, assert_matches_reference
+from fastkit.testing import Size, assert_matches_reference, threads
 from fastkit.testing.iir_scan import check, expected_results, make_inputs, make_packed_inputs, make_state
 
 pytestmark = pytest.mark.native
@@ -259,7 +259,7 @@ def test_packed(impl, filters, lengths, chunk):
     """Every gradient is that of the sequences one by one: so the oracle computes it."""
     chunk, one_filter = CHUNKS[chunk]
     long = lengths in ("uneven", "few")
-    for C in (1, 17) if not long else (1, 3):
+    for C in (2,) if impl == "reference" else (1, 3) if long else (1, 17):
         for dtype, carry in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
             if (long or impl == "reference") and dtype == torch.bfloat16:
                 continue
@@ -513,9 +513,15 @@ def expected_cascade(x, sos, gy):
     return y, walk(gy, [(*backward(*s), r.mT) for s, r in back])
 
 
-@pytest.mark.parametrize("shape", ["batch", "view", "many", "many-view"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sections", [1, 2, 3, 6, 9])
+# Every count of sections with every dtype, in one shape each; every shape with every one of either.
+CASCADES = [
+    (sections, dtype, ("batch", "view", "many", "many-view")[(i + j) % 4])
+    for i, sections in enumerate([1, 2, 3, 6, 9])
+    for j, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("sections", "dtype", "shape"), CASCADES, ids=str)
 def test_sosfilt_is_as_precise_as_its_sections(impl, sections, dtype, shape):
     torch.manual_seed(0)
     x = SHAPES[shape](150 if impl != "reference" else 40)
@@ -524,7 +530,8 @@ def test_sosfilt_is_as_precise_as_its_sections(impl, sections, dtype, shape):
     leaf = x.detach().requires_grad_()
     y = sosfilt(leaf, sos, impl=impl)
     gx = torch.autograd.grad(y, leaf, gy)[0]
-    expected_y, expected_gx = expected_cascade(x, sos, gy)
+    with threads(1):
+        expected_y, expected_gx = expected_cascade(x, sos, gy)
     assert_matches_reference(y, *expected_y, name="y")
     assert_matches_reference(gx, *expected_gx, name="gx")
     assert y.dtype == gx.dtype == dtype

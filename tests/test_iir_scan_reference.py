@@ -1,4 +1,4 @@
-"""reference.iir_scan against scipy and itself in parts; the budgets of states, banks and packed sequences."""
+"""reference.iir_scan against scipy, itself in parts, and the oracle; the budgets of every mode."""
 
 import itertools
 from functools import partial
@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import pad
 
 from fastkit.reference import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
-from fastkit.testing import Size, assert_matches_reference
+from fastkit.testing import Size, assert_matches_reference, sizes
 from fastkit.testing.iir_scan import check, expected_results, make_inputs, make_packed_inputs, make_state
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -202,6 +202,45 @@ def test_gradcheck(lengths, chunk, filters, carry, numerator):
         return y, *end
 
     assert gradcheck(scan, [t.requires_grad_() for t in inputs])
+
+
+# The oracle
+
+
+def assert_oracle_is_the_reference(x, a, b, gy, **options):
+    """The recursion and its adjoint, written out, against autograd through the reference."""
+    state, gend = (make_state(x, a, options.get("cu_seqlens"), seed=seed) for seed in (1, 2))
+    inputs = {"gx": x, "ga": a, "gb": b, "gstate_y": state.y, "gstate_x": state.x}
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
+    before = IIRState(leaves["gstate_y"], leaves["gstate_x"])
+    y, end = iir_scan_with_state(leaves["gx"], leaves["ga"], leaves.get("gb"), before, **options)
+    gradients = torch.autograd.grad((y, *end), list(leaves.values()), (gy, *gend), materialize_grads=True)
+    results = {"y": y, "end_y": end.y, "end_x": end.x, **dict(zip(leaves, gradients, strict=True))}
+    expected = expected_results(x, a, b, gy, state, gend, **options)
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name].value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("numerator", [True, False])
+@pytest.mark.parametrize("filters", [None, 3])
+@pytest.mark.parametrize("size", [Size(2, 3, 0, 4), *sizes("iir_scan")[:12]], ids=str)
+def test_the_oracle_is_the_reference(size, filters, numerator, carry):
+    x, a, b, gy = make_inputs(size, filters=filters, radius=0.5, **double)
+    a, b = a[:, :1], b[:1] if numerator else None
+    assert_oracle_is_the_reference(x, a, b, gy, chunk=size.chunk, carry=carry)
+
+
+@pytest.mark.parametrize(("chunk", "carry"), [(None, True), (3, True), (3, False)])
+@pytest.mark.parametrize("filters", [None, 3])
+def test_the_oracle_of_packed_sequences_is_the_reference(filters, chunk, carry):
+    packed = make_packed_inputs([4, 0, 1, 7], 3, chunk, filters=filters, **double)
+    x, a, b, gy, cu_seqlens = packed
+    for some in (b, None):
+        assert_oracle_is_the_reference(x, a, some, gy, chunk=chunk, carry=carry, cu_seqlens=cu_seqlens)
+    if chunk is None:
+        assert_oracle_is_the_reference(x, a[:, :, :1], b, gy, cu_seqlens=cu_seqlens)
 
 
 # The budgets of states, banks and packed sequences

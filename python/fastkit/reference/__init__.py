@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the specification, and the oracle of every test."""
+"""Every op in plain PyTorch: the specification, against which tests hold kernels and their own oracles."""
 
 from fastkit.reference.iir_scan import IIRState as IIRState
 from fastkit.reference.iir_scan import iir_scan as iir_scan

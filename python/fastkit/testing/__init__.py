@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,20 @@ def devices() -> list[torch.device]:
     """The devices that tests run on: the CPU, and a GPU where there is one."""
     gpu = [torch.device("cuda")] if torch.cuda.is_available() else []
     return [torch.device("cpu"), *gpu]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Calls of PyTorch inside run on so many threads.
+
+    One is best for what is small: more are no faster, and wait for each other where other processes run.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Size(NamedTuple):
@@ -66,7 +82,7 @@ def assert_matches_reference(
 
     Args:
         actual: the result under test.
-        expected: the same result of the reference in float64, on the same inputs.
+        expected: the same result in float64, on the same inputs.
         budget: the largest error that rounding explains, element by element.
         name: what to call the result in the message.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastkit import ops, reference
+from fastkit import ops
 from fastkit._dispatch import Impl
 from fastkit.reference import IIRState
-from fastkit.testing import Size, assert_matches_reference
+from fastkit.testing import Size, assert_matches_reference, threads
 
 
 def make_inputs(
@@ -122,14 +123,14 @@ def expected_results(
     chunk, n terms in any order. The y of a single filter is read as it was stored, in half precision rounded
     once more; a bank's are computed again.
 
-    The matrices are dense, ``(T + 2, T + 2)`` for each row of coefficients: for small sizes only. A packed
-    call is expected to give what its sequences give one by one.
+    ``|A^-1|`` is dense, ``(T + 2, T + 2)`` for each row of coefficients: for small sizes only. A packed call
+    is expected to give what its sequences give one by one. All is computed on the CPU, sample by sample.
     """
-    x, a, gy = x.detach(), a.detach(), gy.detach()
-    b = None if b is None else b.detach()
+    x, a, gy = (t.detach().cpu() for t in (x, a, gy))
+    b = None if b is None else b.detach().cpu()
     zero = IIRState(*map(torch.zeros_like, make_state(x, a, cu_seqlens)))
-    state = zero if state is None else IIRState(*(part.detach() for part in state))
-    gend = zero if gend is None else IIRState(*(part.detach() for part in gend))
+    state = zero if state is None else IIRState(*(part.detach().cpu() for part in state))
+    gend = zero if gend is None else IIRState(*(part.detach().cpu() for part in gend))
     call = _Call(x, a, b, gy, state, gend, chunk, carry)
     if cu_seqlens is None:
         return _expected_of_rows(call)
@@ -189,7 +190,9 @@ class _Call(NamedTuple):
 
 def _expected_of_rows(call: _Call, sequences: int = 1) -> dict[str, Expected]:
     """For a call that is not packed, perhaps with one of several sequences that share coefficients."""
-    values, errors = _values(call), _errors(call, sequences)
+    with threads(1):
+        system = _System(call)
+        values, errors = _values(call, system), _errors(call, system, sequences)
     expected = {}
     for name, value in values.items():
         dtype = call.x.dtype if name in ("y", "gx") else call.a.dtype
@@ -201,122 +204,189 @@ def _expected_of_rows(call: _Call, sequences: int = 1) -> dict[str, Expected]:
     return expected
 
 
-def _values(call: _Call) -> dict[str, Tensor]:
-    """Each result of the reference, in float64."""
-    x, a, b, gy, state, gend, chunk, carry = call
-    inputs = {"gx": x, "ga": a, "gb": b, "gstate_y": state.y, "gstate_x": state.x}
-    leaves = {name: t.double().requires_grad_() for name, t in inputs.items() if t is not None}
-    y, end = reference.iir_scan_with_state(
-        leaves["gx"],
-        leaves["ga"],
-        leaves.get("gb"),
-        IIRState(leaves["gstate_y"], leaves["gstate_x"]),
-        chunk=chunk,
-        carry=carry,
-    )
-    gradients = torch.autograd.grad(
-        (y, *end),
-        list(leaves.values()),
-        (gy.double(), gend.y.double(), gend.x.double()),
-        materialize_grads=True,  # of coefficients that no sample meets
-    )
-    outputs = {"y": y.detach(), "end_y": end.y.detach(), "end_x": end.x.detach()}
-    return {**outputs, **dict(zip(leaves, gradients, strict=True))}
+class _Band(NamedTuple):
+    """A matrix in which sample t of the result sees samples t - lag alone: its diagonals by their lags.
 
-
-def _errors(call: _Call, sequences: int) -> dict[str, Tensor]:
-    """How far arithmetic may take each result from its value: see ``expected_results``.
-
-    All in float64 and with an axis of filters: signals are (B, C, F|1, T + 2) and hold sample t at t + 2,
-    matrices are (B|1, C|1, F, T + 2, T + 2).
+    A diagonal is (B|1, C|1, F, T + 2), element t for row t.
     """
-    x, a, b, gy, state, gend, chunk, carry = call
-    bank = a.dim() == 5
-    filters = a.shape[3] if bank else 1
-    time = x.shape[-1]
-    arithmetic, stored = torch.finfo(a.dtype), torch.finfo(x.dtype)
-    t = torch.arange(time, device=x.device)
-    k = torch.zeros_like(t) if chunk is None else t // chunk
-    in_chunk = (k.unsqueeze(-1) == torch.arange(a.shape[2], device=x.device)).double()  # (T, K)
 
-    def is_history(lag: int) -> Tensor:
-        """(T,), 1 or 0: whether sample t - lag counts for sample t."""
-        start = 0 if chunk is None else k * chunk
-        return ((k == 0) | (t - lag >= start) | carry).double()
+    diagonals: dict[int, Tensor]
+
+    def abs(self) -> _Band:
+        return _Band({lag: diagonal.abs() for lag, diagonal in self.diagonals.items()})
+
+    def times(self, signal: Tensor) -> Tensor:
+        terms = [d * pad(signal, (lag, -lag)) for lag, d in self.diagonals.items()]
+        return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+    def transposed_times(self, signal: Tensor) -> Tensor:
+        terms = [pad(d * signal, (-lag, lag)) for lag, d in self.diagonals.items()]
+        return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+
+class _System:
+    """The recursion of a call, ``A y = B x + s``, and its adjoint, ``A^T l = g``, solved sample by sample.
+
+    All in float64 and with an axis of filters: signals are (B, C, F|1, T + 2) and hold sample t at t + 2.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        x, a, b, gy, state, gend, chunk, carry = call
+        self.bank = a.dim() == 5
+        self.time = x.shape[-1]
+        t = torch.arange(self.time, device="cpu")
+        self.k = torch.zeros_like(t) if chunk is None else t // chunk
+        start = 0 if chunk is None else self.k * chunk
+        # (T,), 1 or 0: whether sample t - lag counts for sample t.
+        self.is_history = [((self.k == 0) | (t - lag >= start) | carry).double() for lag in range(3)]
+        chunks = torch.arange(a.shape[2], device="cpu")
+        self.in_chunk = (self.k.unsqueeze(-1) == chunks).double()  # (T, K)
+
+        all_pole = torch.tensor([1.0, 0.0, 0.0], device="cpu").expand(*a.shape[:-1], 3)
+        self.feedback = self._band(a, range(1, 3))  # A - 1
+        self.taps = self._band(all_pole if b is None else b, range(3))  # B
+        self.xs = torch.cat([state.x.flip(-1), x], -1).double().unsqueeze(2)
+        state_y = pad(self.with_filters(state.y, 2).flip(-1), (0, self.time))
+        self.ys = self.solve(self.taps.times(self.xs) + state_y)
+
+        self.ends = torch.ones(2, dtype=torch.float64, device="cpu")  # the last two samples, a final state
+        if self.time > 0:
+            self.ends[0] = self.is_history[1][-1]  # else the older one is zero there
+        self.gys = pad(gy.double().unsqueeze(2), (2, 0))
+        self.gend_ys = pad(self.with_filters(gend.y, 2).flip(-1) * self.ends, (self.time, 0))
+        self.gend_xs = pad(gend.x.double().flip(-1) * self.ends, (self.time, 0))
+        self.ls = self.solve_transposed(self.gys + self.gend_ys)
+
+    def with_filters(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor.double() if self.bank else tensor.double().unsqueeze(dim)
+
+    def without_filters(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor if self.bank else tensor.squeeze(dim)
+
+    def _band(self, coefficients: Tensor, lags: range) -> _Band:
+        per_sample = self.with_filters(coefficients, 3)[:, :, self.k].movedim(2, 3)  # (B|1, C|1, F, T, taps)
+        taps = zip(lags, per_sample.unbind(-1), strict=True)
+        return _Band({lag: pad(tap * self.is_history[lag], (2, 0)) for lag, tap in taps})
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``A^-1 right``."""
+        first, second = (-self.feedback.diagonals[lag] for lag in (1, 2))
+        return _recursion(first.unbind(-1), second.unbind(-1), right.unbind(-1)).movedim(0, -1)
+
+    def inverse(self) -> Tensor:
+        """``A^-1``, (B|1, C|1, F, T + 2, T + 2): row by row."""
+        first, second = (-self.feedback.diagonals[lag].unsqueeze(-2) for lag in (1, 2))
+        eye = torch.eye(self.time + 2, dtype=torch.float64, device="cpu")
+        return _recursion(first.unbind(-1), second.unbind(-1), eye.unbind()).movedim(0, -2)
+
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        """``A^-T right``, from the last sample to the first."""
+        first, second = (pad(-self.feedback.diagonals[lag], (-lag, lag)).unbind(-1)[::-1] for lag in (1, 2))
+        return _recursion(first, second, right.unbind(-1)[::-1]).flip(0).movedim(0, -1)
+
+    def sum_over_chunks(self, terms: list[Tensor], like: Tensor) -> Tensor:
+        """Of samples, (B, C, F, T) for each tap, to the shape of these coefficients."""
+        sums = torch.stack([term @ self.in_chunk for term in terms], -1).movedim(3, 2)  # (B, C, K, F, taps)
+        return self.without_filters(sums, 3).sum_to_size(like.shape)
+
+
+def _recursion(first: Sequence[Tensor], second: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """y[i] = right[i] + first[i] y[i-1] + second[i] y[i-2]."""
+    y1 = y2 = torch.zeros_like(right[0])
+    ys = []
+    for f1, f2, u in zip(first, second, right, strict=True):
+        y1, y2 = torch.addcmul(torch.addcmul(u, f2, y2), f1, y1), y1
+        ys.append(y1)
+    return torch.stack(ys)
+
+
+def _values(call: _Call, system: _System) -> dict[str, Tensor]:
+    """Each result: what ``reference.iir_scan_with_state`` and autograd through it give."""
+    a, b = call.a, call.b
+    ys, ls, ends = system.ys, system.ls, system.ends
+    gxs = system.taps.transposed_times(ls).sum(2) + system.gend_xs
+
+    def gradients(coefficients: Tensor, lags: range, signal: Tensor) -> Tensor:
+        past = {lag: signal[..., 2 - lag : 2 - lag + system.time] * system.is_history[lag] for lag in lags}
+        return system.sum_over_chunks([ls[..., 2:] * past[lag] for lag in lags], coefficients)
+
+    values = {
+        "y": ys[..., 2:].sum(2),
+        "end_y": system.without_filters((ys[..., -2:] * ends).flip(-1), 2),
+        "end_x": (system.xs[:, :, 0, -2:] * ends).flip(-1),
+        "gx": gxs[..., 2:],
+        "ga": -gradients(a, range(1, 3), ys),
+        "gstate_y": system.without_filters(ls[..., :2].flip(-1), 2),
+        "gstate_x": gxs[..., :2].flip(-1),
+    }
+    if b is not None:
+        values["gb"] = gradients(b, range(3), system.xs)
+    return values
+
+
+def _errors(call: _Call, system: _System, sequences: int) -> dict[str, Tensor]:
+    """How far arithmetic may take each result from its value: see ``expected_results``."""
+    x, a, b = call.x, call.a, call.b
+    arithmetic, stored = torch.finfo(a.dtype), torch.finfo(x.dtype)
+    filters, time = system.ys.shape[2], system.time
 
     def rounded(magnitude: Tensor, roundings: int = _ROUNDINGS) -> Tensor:
         # A subnormal number may be flushed to zero: an error of up to tiny.
         return roundings * (arithmetic.eps / 2 * magnitude + arithmetic.tiny)
 
-    def with_filters(tensor: Tensor, dim: int) -> Tensor:
-        return tensor.double() if bank else tensor.double().unsqueeze(dim)
+    decay = system.inverse().abs_()
+    feedback, taps = system.feedback.abs(), system.taps.abs()
+    xs, ys, ls = system.xs.abs(), system.ys.abs(), system.ls.abs()
 
-    def matrix(coefficients: Tensor, lags: range) -> Tensor:
-        per_sample = with_filters(coefficients, 3)[:, :, k].movedim(2, 3)  # (B|1, C|1, F, T, taps)
-        diagonals = [
-            torch.diag_embed(pad(tap * is_history(lag), (2 - lag, 0)), offset=-lag)
-            for lag, tap in zip(lags, per_sample.unbind(-1), strict=True)
-        ]
-        return torch.stack(diagonals).sum(0)
-
-    def apply(matrix: Tensor, signal: Tensor) -> Tensor:
-        return (matrix @ signal.unsqueeze(-1)).squeeze(-1)
-
-    feedback = matrix(a, range(1, 3))
-    all_pole = torch.tensor([1.0, 0.0, 0.0], device=x.device).expand(*a.shape[:-1], 3)
-    taps = matrix(all_pole if b is None else b, range(3))
-    eye = torch.eye(time + 2, dtype=torch.float64, device=x.device)
-    inverse = torch.linalg.solve_triangular(eye + feedback, eye, upper=False, unitriangular=True)
-    feedback, decay = feedback.abs(), inverse.abs()
-
-    state_y, state_x = with_filters(state.y, 2).flip(-1), state.x.double().unsqueeze(2).flip(-1)
-    xs = torch.cat([state_x, x.double().unsqueeze(2)], -1)
-    ys = apply(inverse, apply(taps, xs) + pad(state_y, (0, time)))
-    magnitudes = apply(taps.abs(), xs.abs()) + apply(feedback, ys.abs())
-    error_ys = apply(decay, pad(rounded(magnitudes[..., 2:]), (2, 0)))  # the state is exact
-
-    ends = torch.ones(2, dtype=torch.float64, device=x.device)  # the last two samples, of the final state
-    if time > 0:
-        ends[0] = is_history(1)[-1]  # else the older one is zero there
-    gend_ys = pad(with_filters(gend.y, 2).flip(-1) * ends, (time, 0))
-    gend_xs = pad(gend.x.double().flip(-1) * ends, (time, 0))
-    gys = pad(gy.double().unsqueeze(2), (2, 0))
-    ls = apply(inverse.mT, gys + gend_ys).abs()
-    error_ls = apply(decay.mT, rounded(gys.abs() + gend_ys.abs() + apply(feedback.mT, ls)))
+    magnitudes = taps.times(xs) + feedback.times(ys)
+    error_ys = _product(decay, pad(rounded(magnitudes[..., 2:]), (2, 0)))  # the state is exact
+    gradients = system.gys.abs() + system.gend_ys.abs() + feedback.transposed_times(ls)
+    error_ls = _product(decay.mT, rounded(gradients))
     sums = _ROUNDINGS + 3 * (filters - 1)  # tap after tap, each of every filter
-    error_gxs = apply(taps.abs().mT, error_ls + rounded(ls, sums)).sum(2) + rounded(gend_xs.abs(), sums)
+    error_gxs = taps.transposed_times(error_ls + rounded(ls, sums)).sum(2)
+    error_gxs = error_gxs + rounded(system.gend_xs.abs(), sums)
 
-    saved = ys[..., 2:].abs()
+    saved = ys[..., 2:]
     error_saved = error_ys
     if x.dtype.itemsize == 2 and filters == 1:
         error_saved = error_ys + pad(stored.eps * (saved + stored.tiny), (2, 0))
 
     def sum_budget(coefficients: Tensor, lags: range, signal: Tensor, error: Tensor) -> Tensor:
         rows = x.shape[0] * x.shape[1] // max(1, coefficients.shape[0] * coefficients.shape[1])
-        terms = (time if chunk is None else min(chunk, time)) + rows * sequences
+        terms = (time if call.chunk is None else min(call.chunk, time)) + rows * sequences
         l, error_l = ls[..., 2:], error_ls[..., 2:]  # noqa: E741
         budgets = []
         for lag in lags:
             past = slice(2 - lag, 2 - lag + time)
-            magnitude = signal[..., past].abs() * is_history(lag)
-            budget = error_l * magnitude + (l + error_l) * (error[..., past] * is_history(lag))
-            budgets.append((budget + rounded(l * magnitude, terms)) @ in_chunk)
-        budget = torch.stack(budgets, -1).movedim(3, 2)  # (B, C, K, F, taps)
-        return (budget if bank else budget.squeeze(3)).sum_to_size(coefficients.shape)
+            magnitude = signal[..., past] * system.is_history[lag]
+            budget = error_l * magnitude + (l + error_l) * (error[..., past] * system.is_history[lag])
+            budgets.append(budget + rounded(l * magnitude, terms))
+        return system.sum_over_chunks(budgets, coefficients)
 
-    error_end_y, error_gstate_y = (error_ys[..., -2:] * ends).flip(-1), error_ls[..., :2].flip(-1)
     errors = {
         "y": error_ys[..., 2:].sum(2) + rounded(saved.sum(2), filters - 1),
-        "end_y": error_end_y if bank else error_end_y.squeeze(2),
-        "end_x": torch.zeros_like(state.x, dtype=torch.float64),
+        "end_y": system.without_filters((error_ys[..., -2:] * system.ends).flip(-1), 2),
+        "end_x": torch.zeros_like(call.state.x, dtype=torch.float64),
         "gx": error_gxs[..., 2:],
         "ga": sum_budget(a, range(1, 3), ys, error_saved),
-        "gstate_y": error_gstate_y if bank else error_gstate_y.squeeze(2),
+        "gstate_y": system.without_filters(error_ls[..., :2].flip(-1), 2),
         "gstate_x": error_gxs[..., :2].flip(-1),
     }
     if b is not None:
         errors["gb"] = sum_budget(b, range(3), xs, torch.zeros_like(xs))
     return errors
+
+
+def _product(matrix: Tensor, signal: Tensor) -> Tensor:
+    """(B|1, C|1, F, T + 2, T + 2) by (B, C, F, T + 2): what shares a matrix is its columns."""
+    columns = signal[..., None, None]
+    shared = [dim for dim in (0, 1) if matrix.shape[dim] == 1]
+    for dim in shared:
+        columns = columns.transpose(dim, 4 + dim)
+    product = (matrix @ columns.flatten(-2)).unflatten(-1, columns.shape[-2:])
+    for dim in shared:
+        product = product.transpose(dim, 4 + dim)
+    return product[..., 0, 0]
 
 
 def check(
