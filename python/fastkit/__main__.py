@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+
+# A recipe is a module of fastkit.recipes with add_arguments(parser) and main(args) -> exit code.
+RECIPES = {"focus": "adaptive filters in a classifier of series, against constant ones and none"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +33,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser("bench", help="every op beside all peers that are installed; takes minutes")
+    bench.add_argument("stems", nargs="*", metavar="STEM", help="ops to measure; default: all")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastkit-bench"),
+        help="folder for <machine>/<version>.csv and .png, which keep what they have of other ops",
+    )
+    bench.add_argument("--rounds", type=_positive, default=40, metavar="N", help="default: %(default)s")
+    bench.add_argument(
+        "--quick", action="store_true", help="only shapes that fit the caches, no torch.compile, 10 rounds"
+    )
+    bench.set_defaults(run=_bench)
+
+    recipes = commands.add_parser("run", help="a published experiment, on data of yours").add_subparsers(
+        required=True, metavar="RECIPE"
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    for name, summary in RECIPES.items():
+        recipe = recipes.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        recipe.set_defaults(run=partial(_run, name))
+        if list(argv[:2]) == ["run", name]:
+            _recipe(name).add_arguments(recipe)
+
     args = parser.parse_args(argv)
     return args.run(args)
 
@@ -45,6 +76,40 @@ def _demo(args: argparse.Namespace) -> int:
     from fastkit.bench import demo
 
     return demo.main(args.out, quick=args.quick)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from fastkit.bench import full
+
+    try:
+        return full.main(args.stems, args.out, rounds=args.rounds, quick=args.quick)
+    except KeyboardInterrupt:
+        print("\nbench: stopped; the CSV has what was measured", file=sys.stderr)
+        return 130
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def _recipe(name: str) -> ModuleType:
+    return importlib.import_module(f"fastkit.recipes.{name}")
+
+
+def _run(name: str, args: argparse.Namespace) -> int:
+    from fastkit.recipes._experiment import Refusal
+
+    try:
+        return _recipe(name).main(args)
+    except Refusal as refusal:
+        print(f"run {name}: {refusal}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nrun {name}: stopped; the same command with --resume goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,0 +1,467 @@
+"""What every recipe needs: a folder that survives being killed, and the figures that are left in it.
+
+The folder, ``--out``:
+
+    config.json      what the run is: configuration, data, versions, threads; written before anything else
+    results.jsonl    a line for each finished row of a table of arms and seeds
+    training/        of a row that is not finished: its state after the last whole epoch
+    models/          of a row that is finished: what the recipe's own loader reads
+    metrics.json, curves.csv, curves.png    written last, from results.jsonl
+    lock             held while a process runs
+
+Files are replaced whole, and results.jsonl only grows, so a process can be killed between any two
+instructions. What a row computes depends on its seed and on what its last checkpoint holds: on one machine,
+with one number of threads, it comes out the same to the bit whether it was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
+from urllib.parse import quote
+
+import numpy as np
+import torch
+
+from fastkit import __version__
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one folder are the user's to avoid
+    fcntl = None
+
+FORMAT = 1  # of config.json and of every checkpoint
+
+
+class Refusal(ValueError):
+    """A run that cannot start or go on, in words: the command line prints them without a traceback."""
+
+
+# The command line
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """The options that all recipes have; ``out`` is the folder taken without ``--out``."""
+    parser.add_argument("--data", type=Path, metavar="PATH", help="a folder in a format of docs/data.md")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path(out), help="default: %(default)s")
+    parser.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="one row of each arm per seed")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    parser.add_argument("--quick", action="store_true", help="a short run that shows that it works, no more")
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"a seed must be at least 0 and below 2^63, got {seed}")
+    return seed
+
+
+def positive(text: str) -> int:
+    """A count, as the type of an option."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
+
+
+def require(**packages: str) -> None:
+    """Refuses where a module is missing; ``require(sklearn="scikit-learn")``: module and package."""
+    missing = [package for module, package in packages.items() if find_spec(module) is None]
+    if missing:
+        raise Refusal(f"{', '.join(missing)} not found; install with pip install 'fastkit[recipes]'")
+
+
+# Randomness
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generators seeded inside, and afterwards as they were before.
+
+    Recipes draw from nothing else: numpy and scikit-learn are given a generator or a seed of their own.
+    """
+    # Asking a device for its state would make a context on it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's CPU threads inside, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Files
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The file is the old one or the whole new one, whenever the process or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # where a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Tensors, numbers, strings, and lists and dicts of them: what ``read_checkpoint`` takes back."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Runs nothing that the file holds; refuses what is not a checkpoint of this format, in words."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of half a dozen kinds, for a file that is cut off or none of torch's
+        raise Refusal(f"{path} must be a checkpoint, got a file that cannot be read ({error})") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise Refusal(f"{path} must be a checkpoint of format {FORMAT}, got format {found}")
+    return state
+
+
+def sha256(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# A run
+
+
+class Row(NamedTuple):
+    """A finished row: an arm from one seed. A figure that is not finite is None."""
+
+    table: str
+    arm: str
+    seed: int
+    figures: dict[str, float | None]
+    curve: list[dict[str, float | None]]  # figures after each epoch
+    seconds: float  # of training, in all processes, as far as checkpoints tell
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class Run:
+    """A folder of a recipe, held by one process at a time: ``with Run(...) as run``.
+
+    Args:
+        recipe: its name.
+        out: the folder; made if it is not there.
+        config: all that decides what a row computes; plain data.
+        data: name, sizes and hash of the data; plain data.
+        resume: go on with what is in ``out``, which must be of the same config, data, versions and number
+            of threads. Else ``out`` must be empty.
+        packages: installed packages that the figures depend on, besides torch and numpy.
+
+    Raises:
+        Refusal: ``out`` is not as above, or another process holds it.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        out: Path,
+        *,
+        config: Mapping[str, Any],
+        data: Mapping[str, Any],
+        resume: bool,
+        packages: Sequence[str] = (),
+    ) -> None:
+        self.out = out
+        self.config = dict(config)
+        self.rows: dict[tuple[str, str, int], Row] = {}
+        self._facts = {
+            "format": FORMAT, "recipe": recipe, "config": dict(config), "data": dict(data),
+            "versions": _versions(packages), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        self._facts = json.loads(json.dumps(self._facts))  # tuples become lists, as in the file
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._check(resume)  # before anything is written
+            self._lock = (out / "lock").open("ab")
+        except OSError as error:
+            raise Refusal(f"--out must be a folder that can be written to, got {out} ({error})") from error
+        try:
+            self._hold()
+            self._open(begun=self._check(resume))
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._results.close()
+        self._lock.close()
+
+    def _check(self, resume: bool) -> bool:
+        """Whether there is a run to go on with."""
+        # A process that is killed at its start leaves no more than these.
+        if {path.name for path in self.out.iterdir()} <= {"lock", "config.json.tmp"}:
+            return False
+        if not resume:
+            raise Refusal(f"--out must be empty, got {self.out}; take another, or go on with it by --resume")
+        try:
+            before = json.loads((self.out / "config.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise Refusal(
+                f"--out must be a run's folder for --resume, got {self.out} without a config.json that can be"
+                " read; take another"
+            ) from error
+        changes = list(_differences(before, self._facts))
+        if changes:
+            raise Refusal(
+                f"--resume must be given what {self.out} was begun with, got {'; '.join(changes)};"
+                " repeat what it was, or take another --out"
+            )
+        return True
+
+    def _hold(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refusal(
+                f"--out must be a folder that no other run uses, got {self.out}; wait for that run to end"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+
+    def _open(self, *, begun: bool) -> None:
+        if not begun:
+            write_json(self.out / "config.json", self._facts)
+        (self.out / "training").mkdir(exist_ok=True)
+        (self.out / "models").mkdir(exist_ok=True)
+        self._results = (self.out / "results.jsonl").open("a+b")
+        try:
+            self._read_results()
+        except BaseException:
+            self._results.close()
+            raise
+        _sync_folder(self.out)
+        for key in self.rows:  # a kill right after the row was finished leaves its state
+            self._state(*key).unlink(missing_ok=True)
+
+    def _read_results(self) -> None:
+        self._results.seek(0)
+        lines = self._results.read().splitlines(keepends=True)
+        whole = 0  # bytes
+        for number, line in enumerate(lines, 1):
+            try:
+                row = Row(**json.loads(line))
+                if not line.endswith(b"\n"):
+                    break  # a kill cut it off before its end: the row runs again from its last checkpoint
+            except (ValueError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise Refusal(
+                    f"{self._results.name} must hold a row in each line, got another line {number}; take"
+                    " another --out"
+                ) from error
+            self.rows[row[:3]] = row
+            whole += len(line)
+        self._results.truncate(whole)
+        os.fsync(self._results.fileno())
+
+    # Rows
+
+    def train(
+        self,
+        table: str,
+        arm: str,
+        seed: int,
+        *,
+        epochs: int,
+        parts: Mapping[str, Stateful],
+        epoch: Callable[[], Mapping[str, float]],
+    ) -> Row:
+        """Calls ``epoch`` until there were ``epochs``, from the row's last checkpoint on if it has one.
+
+        ``parts`` are what ``epoch`` changes, besides torch's generators: model, optimizer, scheduler. It
+        returns figures. The row, whose figures are those of the last epoch, is to be given to ``append``.
+        """
+        from tqdm import tqdm
+
+        path = self._state(table, arm, seed)
+        curve: list[dict[str, float | None]] = []
+        seconds = 0.0
+        if path.exists():
+            state = read_checkpoint(path)
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            _set_generators(state["generators"])
+            curve, seconds = state["curve"], state["seconds"]
+        start = time.perf_counter() - seconds
+        with tqdm(
+            total=epochs, initial=len(curve), desc=f"{table}: {arm}, seed {seed}", disable=None, leave=False
+        ) as bar:
+            while len(curve) < epochs:
+                curve.append(_finite(epoch()))
+                seconds = time.perf_counter() - start
+                state = {
+                    "parts": {name: part.state_dict() for name, part in parts.items()},
+                    "generators": _generators(), "curve": curve, "seconds": seconds,
+                }  # fmt: skip
+                write_checkpoint(path, state)
+                bar.update()
+        return Row(table, arm, seed, curve[-1], curve, seconds)
+
+    def append(self, row: Row) -> Row:
+        """The row is finished: in results.jsonl for good, when this returns."""
+        row = row._replace(figures=_finite(row.figures))
+        self._results.write(json.dumps(row._asdict(), allow_nan=False).encode() + b"\n")
+        self._results.flush()
+        os.fsync(self._results.fileno())
+        self.rows[row[:3]] = row
+        self._state(*row[:3]).unlink(missing_ok=True)
+        return row
+
+    def model_path(self, table: str, arm: str, seed: int) -> Path:
+        return self.out / "models" / f"{_file_name(table, arm, seed)}.pt"
+
+    def _state(self, table: str, arm: str, seed: int) -> Path:
+        return self.out / "training" / f"{_file_name(table, arm, seed)}.pt"
+
+    # What is left
+
+    def write(self, table: str, seeds: Sequence[int], **more: Any) -> dict[str, Any]:
+        """metrics.json, curves.csv and curves.png of a table; ``more`` goes into metrics.json as it is."""
+        rows = [row for row in self.rows.values() if row.table == table and row.seed in seeds]
+        metrics = {
+            **self._facts,
+            "seeds": list(seeds),
+            "wall_seconds": round(sum(row.seconds for row in self.rows.values()), 1),
+            "figures": summary(rows),
+            **more,
+        }
+        write_json(self.out / "metrics.json", metrics)
+        text = io.StringIO(newline="")
+        names = list(dict.fromkeys(name for row in rows for point in row.curve for name in point))
+        writer = csv.DictWriter(text, ["arm", "seed", "epoch", *names])
+        writer.writeheader()
+        for row in rows:
+            for number, point in enumerate(row.curve, 1):
+                writer.writerow({"arm": row.arm, "seed": row.seed, "epoch": number, **point})
+        write_atomically(self.out / "curves.csv", lambda file: file.write(text.getvalue().encode()))
+        write_atomically(self.out / "curves.png", lambda file: _draw(file, rows, names))
+        return metrics
+
+
+def summary(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each figure and arm: each seed, the mean, and the standard deviation of a sample of seeds."""
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row.seed):
+        for name, value in row.figures.items():
+            arm = figures.setdefault(name, {}).setdefault(row.arm, {"seeds": {}})
+            arm["seeds"][str(row.seed)] = value
+    for arms in figures.values():
+        for arm in arms.values():
+            values = list(arm["seeds"].values())
+            known = None not in values
+            arm["mean"] = statistics.fmean(values) if known else None
+            arm["std"] = statistics.stdev(values) if known and len(values) > 1 else None
+    return figures
+
+
+def _draw(file: BinaryIO, rows: Sequence[Row], names: Sequence[str]) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5 * max(1, len(names)), 3.5), layout="constrained")
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), place)
+        for row in rows:
+            values = np.array([point.get(name) for point in row.curve], dtype=float)  # None is NaN
+            first = row == next(other for other in rows if other.arm == row.arm)
+            label = row.arm if first else None
+            axes.plot(range(1, len(values) + 1), values, color=f"C{arms.index(row.arm)}", label=label)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    figure.savefig(file, format="png", dpi=150)
+
+
+def _finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()
+    }
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} {now!r} instead of {before!r}"
+
+
+def _file_name(table: str, arm: str, seed: int) -> str:
+    return quote(f"{table}-{arm}-{seed}", safe="=, ").replace(" ", "_")
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    versions = {"fastkit": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", *packages):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def _generators() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_generators(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
