@@ -39,3 +39,8 @@ class Case:
     tolerance: float = 1e-4  # of the error
     yardsticks: frozenset[str] = frozenset()  # contestants that do something else: ours is not called faster
     device: Literal["cpu", "cuda"] = "cpu"  # a GPU's calls are timed from a cold L2: none is ``warm``
+    peers: tuple[str, ...] = ()  # packages whose versions belong to a result, besides fastkit's and torch's
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.shape} {self.direction}"

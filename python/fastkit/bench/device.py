@@ -80,8 +80,12 @@ class Gpu:
     """Times by events on the stream, from a cold L2.
 
     The copy is of the floor's bytes and as cold, so a small case, part of which stays in the L2 when it is
-    written, is held against a copy of which as much stays. Where the host takes longer to launch a call than
-    the device to do it, the time is the host's, as it is for users.
+    written, is held against a copy of which as much stays.
+
+    The time is the device's, from the end of the flush of the L2 to that of the call's last kernel. The host
+    launches the call during the flush, a read of 256 MiB or more (some 80 us at 3 TB/s): its work counts only
+    as far as the device waits for it after that. A call that the host takes longer to launch than the device
+    to do is slower for users than it is here, by up to the time of a flush.
     """
 
     def seconds(self, call: Call) -> float:

@@ -6,9 +6,10 @@ over that of the floor: the bytes that no implementation can avoid, at the copy 
 the median ratio over the rounds with a 95 % bootstrap interval; our own code, timed twice, shows the noise.
 Rounds in which the machine is busy are void, and so is a row that loses more than half of its rounds to that.
 
-Contestants run in child processes. The first, with the allocator as users have it, compares results with
-float64 and measures memory; what disagrees is not timed. The second does the rounds. It is started with
-``WARM_MALLOC``, so that outputs reuse warm memory: the first touch of fresh pages costs several copies.
+Contestants run in child processes. One, with the allocator as users have it, compares results with float64
+and measures memory; what disagrees is not timed. The other does the rounds, while the first waits. It starts
+with ``WARM_MALLOC``, so that outputs reuse warm memory: the first touch of fresh pages costs several copies.
+Where the rounds of a case end in an error, ours get others without rivals, who may be the cause.
 
 On a GPU the same, but for what ``device.Gpu`` says: time by events, a cold L2, a copy of as many bytes as the
 floor. Copies of different sizes differ in rate, so GPU cases of different floors are for runs of their own.
@@ -17,20 +18,20 @@ floor. Copies of different sizes differ in rate, so GPU cases of different floor
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import Pipe
+from importlib.metadata import PackageNotFoundError, version
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
+from fastkit import __version__, _native
 from fastkit.bench import measure
 from fastkit.bench.case import Case, Skip
+from fastkit.bench.child import Child
 from fastkit.bench.measure import AGAIN, Check, Rounds, Settings
 
 WARM_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=67108864"
@@ -64,81 +65,43 @@ class Row:
     fast_ratio: float | None = None
     threads: int | None = None
     load: float | None = None
+    versions: str = ""  # of fastkit (the kernels that it runs), torch and the peers
+    measured: str = ""  # when the case ended
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.shape} {self.direction}"
 
 
-Progress = Callable[..., Iterable[Any]]  # wraps an iterable, as ``tqdm.tqdm`` does
+def run(cases: Iterable[Case], settings: Settings | None = None) -> Generator[list[list[Row]], None, None]:
+    """Check the contestants of each case and time those that agree; yields the rows of all cases so far.
 
-
-def _silent(items: Iterable[Any], **_: Any) -> Iterable[Any]:
-    return items
-
-
-def run(
-    cases: Sequence[Case], settings: Settings | None = None, *, progress: Progress = _silent
-) -> list[Row]:
-    """Check the contestants of ``cases`` and time those that agree."""
+    Of all, not of the last alone: a case may show that the machine was busy in an earlier one.
+    """
     settings = settings or Settings()
+    done: list[tuple[Case, dict[str, Check | Skip], Rounds | Skip]] = []
     with TemporaryDirectory() as cache:  # what is compiled for the check is ready for the rounds
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        jobs = [(case, label) for case in cases for label in case.contest().makers]
-        results = in_child(measure.check, jobs, settings, env, settings.longest_build)
-        checks: dict[Case, dict[str, Check | Skip]] = {case: {} for case in cases}
-        for (case, label), result in zip(jobs, progress(results, total=len(jobs), desc="check"), strict=True):
-            checks[case][label] = result
-
-        plans = [(case, plan(case, checks[case], settings)) for case in cases]
-        env["GLIBC_TUNABLES"] = WARM_MALLOC
-        results = in_child(measure.rounds, plans, settings, env, 10 * settings.longest_build)
-        timed = list(progress(results, total=len(plans), desc="time"))
-    rates = [rate for result in timed if isinstance(result, Rounds) for rate in result.copy_gb_s]
-    return [
-        row
-        for case, result in zip(cases, timed, strict=True)
-        for row in rows(case, checks[case], result, settings, best=max(rates, default=0.0))
-    ]
-
-
-def in_child(
-    work: Callable[..., Iterator[Any]],
-    jobs: Sequence[Any],
-    settings: Settings,
-    env: dict[str, str],
-    limit: float,
-) -> Iterator[Any]:
-    """What ``work(jobs, settings)`` yields for each job, from a child process.
-
-    A job that takes over ``limit`` seconds, or takes the child down, yields a Skip; the rest get a new child.
-    """
-    remaining = list(jobs)
-    while remaining:
-        ours, theirs = Pipe()
-        code = f"from fastkit.bench.measure import serve; serve({theirs.fileno()})"
-        child = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=env,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # a group of its own: compilers that it has started end with it
-        )
-        theirs.close()
-        try:
-            with suppress(EOFError, OSError):
-                ours.send((work, remaining, settings))
-                ours.recv()  # the limit counts from here, when it has imported what it needs
-            alive = True
-            while remaining and alive:
-                try:
-                    alive = ours.poll(limit)
-                    result = ours.recv() if alive else Skip(f"took over {limit:g} s")
-                except (EOFError, OSError):
-                    alive = False
-                    result = Skip(f"its process ended with exit code {child.wait()}")
-                del remaining[0]
-                yield result
-        finally:
-            ours.close()
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        warm = {**env, "GLIBC_TUNABLES": WARM_MALLOC}
+        limit = settings.longest_build
+        with (
+            Child(measure.check, settings, env, limit) as checking,
+            Child(measure.rounds, settings, warm, 10 * limit) as timing,
+        ):
+            for case in cases:
+                checks: dict[str, Check | Skip] = {
+                    label: checking.do((case, label)) for label in case.contest().makers
+                }
+                planned = plan(case, checks, settings)
+                timed = timing.do((case, planned))
+                rivals = planned.keys() - {next(iter(checks)), AGAIN} - case.yardsticks
+                if isinstance(timed, Skip) and rivals:  # whose fault is it? Ours get rounds without them
+                    checks |= dict.fromkeys(rivals, Skip(f"rounds with all contestants: {timed}"))
+                    timed = timing.do((case, plan(case, checks, settings)))
+                done.append((case, checks, timed))
+                rates = [rate for *_, timed in done if isinstance(timed, Rounds) for rate in timed.copy_gb_s]
+                best = max(rates, default=0.0)
+                yield [rows(*results, settings, best=best) for results in done]
 
 
 def plan(case: Case, checks: dict[str, Check | Skip], settings: Settings) -> dict[str, Check]:
@@ -173,11 +136,14 @@ def rows(
 ) -> list[Row]:
     """The rows of a case: ours, ours again, the others. ``best`` is the best copy rate of the whole run."""
     shared = Row(case.op, case.shape, case.direction, "", floor_mb=case.floor_bytes / 1e6)
+    shared = replace(shared, versions=versions(case.peers))
     rates = np.array(timed.copy_gb_s if isinstance(timed, Rounds) else [])
     idle = rates >= best / 2
-    if isinstance(timed, Rounds) and idle.any():
+    if isinstance(timed, Rounds):
+        shared = replace(shared, threads=timed.threads, load=timed.load, measured=timed.measured)
+    if idle.any():
         q1, q2, q3 = (float(q) for q in np.quantile(rates[idle], (0.25, 0.5, 0.75)))
-        shared = replace(shared, copy_q1=q1, copy_q2=q2, copy_q3=q3, threads=timed.threads, load=timed.load)
+        shared = replace(shared, copy_q1=q1, copy_q2=q2, copy_q3=q3)
 
     table = []
     ours = next(iter(checks))
@@ -205,6 +171,18 @@ def rows(
     if table[0].ratio is not None and others:
         table[0] = replace(table[0], faster=min(others) / table[0].ratio)
     return table
+
+
+def versions(peers: Sequence[str]) -> str:
+    """Of fastkit, with the CPU kernels that it runs, of torch and of the peers that are installed."""
+    found = [
+        f"fastkit {__version__} ({_native.BUILD_INFO.get('cpu_isa', 'reference')})",
+        f"torch {torch.__version__}",
+    ]
+    for package in peers:
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
 
 
 def _ratio(case: Case, call_s: np.ndarray, rates: np.ndarray, idle: np.ndarray) -> dict[str, Any]:

@@ -6,10 +6,9 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from multiprocessing.connection import Connection
+from itertools import chain, groupby
 
 import torch
 
@@ -22,7 +21,8 @@ AGAIN = "again"  # the label of the A/A row: our contestant a second time
 @dataclass(frozen=True)
 class Settings:
     rounds: int = 40
-    seconds: float = 30.0  # for the timed calls of one contestant: a slow one gets fewer rounds
+    short: float = 1.0  # a contestant whose calls in a round take no longer has all rounds
+    seconds: float = 15.0  # for the timed calls of another one, which has fewer
     longest_call: float = 8.0  # what is slower than that is not timed
     longest_build: float = 60.0  # to make (perhaps compile) a contestant and to check it
     copy_bytes: int = 512 << 20  # on a CPU, of each of the two arrays whose copy gives the rate
@@ -47,30 +47,28 @@ class Rounds:
     call_s: dict[str, list[float]]  # of the first rounds: a slow contestant has fewer
     threads: int
     load: float
-
-
-def serve(descriptor: int) -> None:
-    """The child's main: receives (work, jobs, settings), sends what ``work`` yields for each job."""
-    with Connection(descriptor) as connection:
-        work, jobs, settings = connection.recv()
-        connection.send("ready")
-        for result in work(jobs, settings):
-            connection.send(result)
+    measured: str = ""  # when they ended
 
 
 def check(jobs: Iterable[tuple[Case, str]], settings: Settings) -> Iterator[Check | Skip]:
     """Makes and checks each (case, label); the jobs of a case, being neighbours, share its inputs."""
-    for case, group in groupby(jobs, key=lambda job: job[0]):
-        contest = case.contest()
-        device = DEVICES[case.device]
-        clone = device.clone(case.floor_bytes)
-        for _, label in group:
-            try:
-                yield _check(contest, label, device, clone)
-            except Exception as error:
-                if not device.works():
-                    raise  # ends this process: the next contestant gets a new one
-                yield _skip(error)
+    # Not by the case itself: from the parent it comes as another object with each job.
+    for _, group in groupby(jobs, key=lambda job: job[0].title):
+        yield from _check_case(group)
+
+
+def _check_case(jobs: Iterator[tuple[Case, str]]) -> Iterator[Check | Skip]:
+    case, first = next(jobs)
+    device = DEVICES[case.device]
+    contest = case.contest()
+    clone = device.clone(case.floor_bytes)
+    for label in chain([first], (label for _, label in jobs)):
+        try:
+            yield _check(contest, label, device, clone)
+        except Exception as error:
+            if not device.works():
+                raise  # ends this process: the next contestant gets a new one
+            yield _skip(error)
 
 
 def _check(contest: Contest, label: str, device: Device, clone: Call) -> Check:
@@ -87,7 +85,7 @@ def _check(contest: Contest, label: str, device: Device, clone: Call) -> Check:
     return Check(error, build_s, call_s, int(extra_bytes), call_s / clone_s)
 
 
-def rounds(jobs: Sequence[tuple[Case, Mapping[str, Check]]], settings: Settings) -> Iterator[Rounds | Skip]:
+def rounds(jobs: Iterable[tuple[Case, Mapping[str, Check]]], settings: Settings) -> Iterator[Rounds | Skip]:
     """The rounds of each case, with the contestants that have passed: a copy, then all in random order."""
     for case, checks in jobs:
         device = DEVICES[case.device]
@@ -125,13 +123,16 @@ def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, device:
         for label in sorted(labels, key=lambda label: planned[label] < settings.rounds):
             seconds = _warm_seconds if _is_warm(case, call_s[label]) else _seconds
             times[label].append(seconds(device, calls[label]))
-    return Rounds(rates, times, torch.get_num_threads(), load)
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return Rounds(rates, times, torch.get_num_threads(), load, now)
 
 
 def rounds_of(case: Case, call_s: float, settings: Settings) -> int:
     """How many rounds a contestant of ``call_s`` seconds a call takes part in."""
-    calls = 5 if _is_warm(case, call_s) else 1
-    return max(1, min(settings.rounds, int(settings.seconds / (calls * call_s))))
+    round_s = (5 if _is_warm(case, call_s) else 1) * call_s
+    if round_s <= settings.short:
+        return settings.rounds
+    return max(1, min(settings.rounds, int(settings.seconds / round_s)))
 
 
 def _is_warm(case: Case, call_s: float) -> bool:

@@ -1,53 +1,23 @@
-"""The other modes of iir_scan: a fixed filter, one for every sample, banks, sections in series, a step."""
+"""The other modes of iir_scan: a fixed filter, one for every sample, banks, sections in series."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial, reduce
-from importlib import import_module
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
-from fastkit import ops, reference
+from fastkit import ops
 from fastkit._dispatch import Impl
-from fastkit.bench.case import Call, Case, Skip
-from fastkit.bench.cases.iir_scan import (
-    DeviceType,
-    Form,
-    ScanContest,
-    chunk_parallel,
-    draw_filters,
-    loop,
-    our_others,
-    ours,
-)
-from fastkit.reference import IIRState
-
-
-def cases(*, quick: bool = False) -> list[Case]:
-    """Each mode forward and with backward, and a step forward. ``quick``: shapes that fit the caches."""
-    many = (1, 64, 1024) if quick else (8, 256, 16384)
-    time = 16384 if quick else 480000
-    scans: list[tuple[type[_Mode], tuple[int, int, int], bool]] = [
-        (Fixed, (16, 1, time), False),
-        (Fixed, (1, 1, time), False),
-        (TimeVarying, many, False),
-        (Bank, many, False),
-        (Bank, many, True),
-        (Sections, (16, 1, time), False),
-    ]
-    return [
-        *(
-            case(mode, size, view=view, backward=backward, warm=quick)
-            for mode, size, view in scans
-            for backward in (False, True)
-        ),
-        step_case(64, 512),
-    ]
+from fastkit.bench.case import Call, Case
+from fastkit.bench.cases import iir_scan_peers as peers
+from fastkit.bench.cases.iir_scan_chunks import ours
+from fastkit.bench.cases.iir_scan_contest import DeviceType, ScanContest, Yardstick, draw_filters, our_others
+from fastkit.bench.cases.iir_scan_forms import Form, chunk_parallel, loop
 
 
 def case(
@@ -59,7 +29,7 @@ def case(
     warm: bool = False,
     device: DeviceType = "cpu",
 ) -> Case:
-    """``view`` as in ``iir_scan.case``."""
+    """``view`` as in ``iir_scan_chunks.case``."""
     B, C, T = size
     shape = f"{B}x{T}x{C} view" if view else f"{B}x{C}x{T}"
     return Case(
@@ -71,14 +41,8 @@ def case(
         warm=warm,
         yardsticks=mode.yardsticks | our_others(device),
         device=device,
+        peers=peers.PACKAGES,
     )
-
-
-class Yardstick(NamedTuple):
-    """What a call gives that does something else than the op, for comparison; and its own error."""
-
-    result: Any
-    measure: Callable[[Any], float]
 
 
 class _Mode(ScanContest):
@@ -97,18 +61,6 @@ class _Mode(ScanContest):
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
         raise NotImplementedError
-
-    def error(self, result: Any) -> float:
-        if isinstance(result, Yardstick):
-            return result.measure(result.result)
-        return super().error(result)
-
-
-def _peer(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError:
-        raise Skip(f"{module.partition('.')[0]} is not installed") from None
 
 
 # --- one filter for all ----------------------------------------------------------------------------------
@@ -130,7 +82,7 @@ class _Shared(_Mode):
 
     def scipy_call(self, name: str, *filters: Tensor) -> Call:
         """A function of scipy.signal, on all rows at once."""
-        function = getattr(_peer("scipy.signal"), name)
+        function = getattr(peers.load("scipy.signal"), name)
         coefficients = [t.numpy() for t in filters]
         x = self.inputs.x.numpy()
         return lambda: (function(*coefficients, x),)
@@ -161,11 +113,11 @@ class Fixed(_Shared):
         return self.scipy_call("lfilter", b.flatten(), _with_a0(a))
 
     def make_torchaudio(self) -> Call:
-        lfilter = _peer("torchaudio.functional").lfilter
+        lfilter = peers.load("torchaudio.functional").lfilter
         return self.call(lambda x, a, b, _: lfilter(x, _with_a0(a), b.flatten(), clamp=False))
 
     def make_philtorch(self) -> Call:
-        lfilter = _peer("philtorch.lti").lfilter
+        lfilter = peers.load("philtorch.lti").lfilter
         return self.call(lambda x, a, b, _: lfilter(b.flatten(), a.flatten(), x.flatten(0, 1)).view_as(x))
 
     def exact(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -261,7 +213,11 @@ class TimeVarying(_Mode):
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
-        return {"fastkit": partial(self.call, ours), "loop": partial(self.call, loop)}
+        return {
+            "fastkit": partial(self.call, ours),
+            "loop": partial(self.call, loop),
+            **self.makers_of_packages(),
+        }
 
 
 # --- banks -----------------------------------------------------------------------------------------------
@@ -298,127 +254,3 @@ def _each(form: Form, x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Tensor:
     return reduce(
         torch.add, (form(x, a_f, b_f, chunk) for a_f, b_f in zip(a.unbind(3), b.unbind(3), strict=True))
     )
-
-
-# --- one step --------------------------------------------------------------------------------------------
-
-
-def step_case(B: int, C: int) -> Case:
-    return Case(
-        op="iir_step",
-        shape=f"{B}x{C}",
-        direction="fwd",
-        floor_bytes=40 * B * C,  # x, y, and four numbers of state in and out
-        contest=partial(Step, B, C),
-        warm=True,
-        yardsticks=frozenset({"with grad", "copies", "op call"}),
-    )
-
-
-class _Sample(NamedTuple):
-    x: Tensor  # (B, C)
-    a: Tensor  # (1, C, 2)
-    b: Tensor  # (1, C, 3)
-    state: IIRState
-
-
-class Step:
-    """A differentiable step is to take at most 1.5 times what the copies and the call of an op do."""
-
-    def __init__(self, B: int, C: int) -> None:
-        self.size = B, C
-
-    @cached_property
-    def inputs(self) -> _Sample:
-        B, C = self.size
-        generator = torch.Generator().manual_seed(0)
-        a, b = draw_filters((1, C), generator)
-        y_state, x_state = torch.randn(2, B, C, 2, generator=generator).unbind()
-        return _Sample(torch.randn(B, C, generator=generator), a, b, IIRState(y_state, x_state))
-
-    @property
-    def makers(self) -> Mapping[str, Callable[[], Call]]:
-        return {
-            "fastkit": self.make_ours,
-            "with grad": self.make_with_grad,
-            "copies": self.make_copies,
-            "op call": self.make_op_call,
-            "eager": self.make_eager,
-        }
-
-    def make_ours(self) -> Call:
-        return partial(_step, *self.inputs)
-
-    def make_with_grad(self) -> Call:
-        x, a, b, state = self.inputs
-        x, a, b, *state = (t.clone().requires_grad_() for t in (x, a, b, *state))
-        return partial(_step, x, a, b, IIRState(*state))
-
-    def make_copies(self) -> Call:
-        """Of x and of the state: all that a step moves."""
-        sources = (self.inputs.x, *self.inputs.state)
-        targets = [torch.empty_like(t) for t in sources]
-
-        def copies() -> Yardstick:
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
-            return Yardstick(targets, partial(_difference, sources))
-
-        return copies
-
-    def make_op_call(self) -> Call:
-        """What PyTorch takes for any differentiable op that is written in Python: a copy of one number."""
-        number = torch.ones(1, requires_grad=True)
-        return lambda: Yardstick([_Clone.apply(number)], partial(_difference, [number]))
-
-    def make_eager(self) -> Call:
-        return partial(_eager_step, *self.inputs)
-
-    def error(self, result: Any) -> float:
-        if isinstance(result, Yardstick):
-            return result.measure(result.result)
-        return _difference(self.expected, result)
-
-    @cached_property
-    def expected(self) -> tuple[Tensor, ...]:
-        x, a, b, state = self.inputs
-        state = IIRState(*(t.double() for t in state))
-        return _flat(reference.iir_step(x.double(), a.double(), b.double(), state))
-
-
-class _Clone(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs
-
-
-def _step(x: Tensor, a: Tensor, b: Tensor, state: IIRState) -> tuple[Tensor, ...]:
-    return _flat(ops.iir_step(x, a, b, state))
-
-
-def _flat(result: tuple[Tensor, IIRState]) -> tuple[Tensor, ...]:
-    y, state = result
-    return y, *state
-
-
-def _eager_step(x: Tensor, a: Tensor, b: Tensor, state: IIRState) -> tuple[Tensor, ...]:
-    """The fewest operations."""
-    y = (b[..., 1:] * state.x).sum(-1).addcmul_(b[..., 0], x).sub_((a * state.y).sum(-1))
-    return y, torch.stack([y, state.y[..., 0]], -1), torch.stack([x, state.x[..., 0]], -1)
-
-
-def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
-    """The largest in any tensor, relative to its largest value."""
-    errors = [
-        (a.detach() - e.detach()).abs().amax() / e.detach().abs().amax()
-        for e, a in zip(expected, actual, strict=True)
-    ]
-    return float(torch.stack(errors).amax())

@@ -1,0 +1,246 @@
+"""What users write down and store: signatures, fields of results, keys of state_dicts.
+
+``python tests/test_public_api.py`` writes what there is now into this file, between the quotes of ``API``.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+
+from fastkit import info, nn, ops, reference
+from fastkit._dispatch import Impl
+from fastkit.nn.adaptive_iir import Parameterization
+
+pytestmark = pytest.mark.native
+
+API = """
+fastkit.info.available(
+    stem: str,
+) -> dict[str, bool | str]
+
+Impl: reference, cpu, cuda, triton
+
+Parameterization: sigmoid, triangle, polar, l1, raw
+
+fastkit.nn.AdaptiveIIR(
+    channels: int,
+    *,
+    chunk: int = 128,
+    filters: int = 1,
+    pool: int = 8,
+    hidden: int = 32,
+    parameterization: Parameterization = 'sigmoid',
+    adaptive: bool = True,
+    carry: bool = False,
+)
+
+fastkit.ops.IIRState(
+    y: Tensor,
+    x: Tensor,
+) is a tuple (y, x)
+
+fastkit.ops.iir_scan(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    carry: bool = True,
+    cu_seqlens: Tensor | None = None,
+    check_stable: bool = False,
+    impl: Impl | None = None,
+) -> Tensor
+
+fastkit.ops.iir_scan_with_state(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    state: IIRState | None = None,
+    *,
+    chunk: int | None = None,
+    carry: bool = True,
+    cu_seqlens: Tensor | None = None,
+    check_stable: bool = False,
+    impl: Impl | None = None,
+) -> tuple[Tensor, IIRState]
+
+fastkit.ops.iir_step(
+    x_t: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    state: IIRState | None = None,
+    *,
+    impl: Impl | None = None,
+) -> tuple[Tensor, IIRState]
+
+fastkit.ops.sosfilt(
+    x: Tensor,
+    sos: Tensor,
+    *,
+    impl: Impl | None = None,
+) -> Tensor
+
+fastkit.reference.IIRState(
+    y: Tensor,
+    x: Tensor,
+) is a tuple (y, x)
+
+fastkit.reference.iir_scan(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    carry: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor
+
+fastkit.reference.iir_scan_with_state(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    state: IIRState | None = None,
+    *,
+    chunk: int | None = None,
+    carry: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, IIRState]
+
+fastkit.reference.iir_step(
+    x_t: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    state: IIRState,
+) -> tuple[Tensor, IIRState]
+
+fastkit.reference.sosfilt(
+    x: Tensor,
+    sos: Tensor,
+) -> Tensor
+
+state_dict of fastkit.nn.AdaptiveIIR(6):
+    mlp.0.weight (32, 8)
+    mlp.0.bias (32,)
+    mlp.2.weight (2, 32)
+    mlp.2.bias (2,)
+
+state_dict of fastkit.nn.AdaptiveIIR(6, filters=2, pool=4, hidden=5):
+    mlp.0.weight (5, 4)
+    mlp.0.bias (5,)
+    mlp.2.weight (4, 5)
+    mlp.2.bias (4,)
+
+state_dict of fastkit.nn.AdaptiveIIR(6, adaptive=False):
+    logits (6, 1, 2)
+
+state_dict of fastkit.nn.AdaptiveIIR(6, adaptive=False, filters=2):
+    logits (6, 2, 2)
+"""
+
+ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
+STATE_DICTS = [
+    "AdaptiveIIR(6)",
+    "AdaptiveIIR(6, filters=2, pool=4, hidden=5)",
+    "AdaptiveIIR(6, adaptive=False)",
+    "AdaptiveIIR(6, adaptive=False, filters=2)",
+]
+
+
+class Verbatim(str):
+    """An annotation that a signature shows without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def public_names(module: ModuleType) -> list[str]:
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    )
+
+
+def described(name: str, value: object) -> str:
+    """A signature, one parameter a line; of a NamedTuple its fields are the parameters."""
+    assert callable(value)
+    signature = inspect.signature(value)
+    lines, keyword_only = [f"{name}("], False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            lines.append("    *,")
+            keyword_only = True
+        annotation = parameter.annotation
+        if not isinstance(annotation, str):  # typing.NamedTuple keeps a ForwardRef
+            annotation = getattr(annotation, "__forward_arg__", annotation)
+        lines.append(f"    {parameter.replace(annotation=Verbatim(annotation))},")
+    result = signature.return_annotation
+    fields = getattr(value, "_fields", None)
+    if isinstance(value, type):
+        lines.append(")" if fields is None else f") is a tuple ({', '.join(fields)})")
+    else:
+        lines.append(f") -> {result}")
+    return "\n".join(lines)
+
+
+def api() -> str:
+    parts = [described("fastkit.info.available", info.available)]
+    parts += [f"{alias}: {', '.join(get_args(of))}" for alias, of in ALIASES.items()]
+    for module in (nn, ops, reference):
+        for name in public_names(module):
+            parts.append(described(f"{module.__name__}.{name}", getattr(module, name)))
+    for call in STATE_DICTS:
+        state = eval(call, vars(nn)).state_dict()
+        keys = [f"    {key} {tuple(tensor.shape)}" for key, tensor in state.items()]
+        parts.append("\n".join([f"state_dict of fastkit.nn.{call}:", *keys]))
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def test_what_users_rely_on_is_as_it_was():
+    now = api()
+    difference = "\n".join(difflib.unified_diff(API.splitlines(), now.splitlines(), "was", "is", lineterm=""))
+    assert now == API, (
+        f"the public interface has changed:\n{difference}\n"
+        f"If that is intended, run `python tests/{Path(__file__).name}`, and say in CHANGELOG.md who will"
+        " notice. A state_dict that loaded before must load after."
+    )
+
+
+def test_ops_and_reference_share_types():
+    """So that states go from the one to the other."""
+    assert ops.IIRState is reference.IIRState
+
+
+@pytest.mark.parametrize("module", [nn, ops, reference], ids=lambda module: module.__name__)
+def test_what_is_public_is_documented(module):
+    """In a docstring of its own, and by name in the README or on a page of docs."""
+    for name in public_names(module):
+        assert (getattr(module, name).__doc__ or "").strip(), f"{module.__name__}.{name} has no docstring"
+    root = Path(__file__).parents[1]
+    if not (root / "docs").is_dir():
+        pytest.skip("the tests are here without the documentation")
+    pages = "\n".join(path.read_text() for path in (root / "README.md", *(root / "docs").rglob("*.md")))
+    named = set(re.findall(r"\b\w+\b", " ".join(re.findall(r"`[^`\n]+`", pages))))
+    assert [name for name in public_names(module) if name not in named] == []
+
+
+@pytest.mark.parametrize("package", ["nn", "ops", "reference"])
+def test_what_init_imports_is_what_is_public(package):
+    """There is no ``__all__``: a public name is in ``__init__.py``, as ``from .. import name as name``."""
+    module = importlib.import_module(f"fastkit.{package}")
+    imported = re.findall(r"^from \S+ import (\w+) as \1$", inspect.getsource(module), re.MULTILINE)
+    assert sorted(imported) == public_names(module)
+
+
+if __name__ == "__main__":
+    path = Path(__file__)
+    text = path.read_text()
+    path.write_text(re.sub(r'(?<=^API = """)[^"]*(?=""")', lambda _: api(), text, flags=re.MULTILINE))

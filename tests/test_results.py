@@ -1,0 +1,73 @@
+"""docs/performance.md shows what benchmarks/results holds of this version.
+
+``python tests/test_results.py`` writes its tables anew.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from fastkit import __version__
+from fastkit.bench.harness import Row
+from fastkit.bench.report import by_case, read_csv
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob(f"*/{__version__}.csv"))
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the tests are here without the documentation")
+
+
+def tables() -> str:
+    return "\n\n".join("\n".join(_table(path.parent.name, read_csv(path))) for path in RESULTS)
+
+
+def _table(machine: str, rows: Sequence[Row]) -> Iterator[str]:
+    cases = by_case(rows)
+    rates = [case[0].copy_q2 for case in cases if case[0].copy_q2 is not None]
+    loads = [case[0].load for case in cases if case[0].load is not None]
+    yield f"`{machine}`, {rows[0].threads} threads, copy {min(rates):.1f} to {max(rates):.1f} GB/s,"
+    yield f"load {min(loads):.1f} to {max(loads):.1f}; {rows[0].versions}:"
+    yield ""
+    yield "| | fastkit | again | extra MB | others, the fastest first |"
+    yield "|---|---|---|---|---|"
+    for ours, again, *others in cases:
+        timed = sorted((row for row in others if row.ratio is not None), key=lambda row: row.ratio or 0)
+        cells = [f"{row.contestant} {_ratio(row)}" for row in timed]
+        cells += [f"{row.contestant}: {row.note}" for row in others if row.ratio is None]
+        memory = "" if ours.extra_mb is None else f"{ours.extra_mb:.0f}"
+        yield f"| {ours.title} | {_ratio(ours)} | {_ratio(again)} | {memory} | {'; '.join(cells)} |"
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return row.note
+    text = f"{row.ratio:.3g}" if row.ratio < 1000 else f"{row.ratio:.0f}"
+    if not row.contestant.startswith("fastkit") or row.low is None:
+        return text
+    return f"{text} [{row.low:.3g}, {row.high:.3g}]"
+
+
+def with_tables(text: str) -> str:
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+
+
+def test_the_page_shows_the_results():
+    text = PAGE.read_text()
+    assert text == with_tables(text), f"run: python tests/{Path(__file__).name}"
+
+
+def test_results_are_of_this_version_and_of_every_op():
+    for path in RESULTS:
+        rows = read_csv(path)
+        assert {row.op for row in rows} >= {"iir_scan", "sosfilt", "iir_step"}
+        assert all(re.search(rf"fastkit {re.escape(__version__)}\b", row.versions) for row in rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
