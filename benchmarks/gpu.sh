@@ -198,7 +198,7 @@ if ! have pytest; then
 else
   parallel=()
   have xdist && parallel=(-n 4)
-  run tests 180 "${pytest[@]}" "${parallel[@]}" -m gpu --continue-on-collection-errors \
+  run tests 240 "${pytest[@]}" "${parallel[@]}" -m gpu --continue-on-collection-errors \
     -k "not reference-on-cuda" tests/test_gpu.py tests
   code=$?
   # Files that need a package which is not here are named, and are no failure; a dotted name is of a module
@@ -262,7 +262,7 @@ for tool in racecheck memcheck; do # the short one first: what it leaves is the 
     row "$tool" "not run: took over $took s" "$took"
   elif ((code == 125)); then
     row "$tool" "not run: no time left" 0
-  elif [[ -n $refusal ]]; then
+  elif ((code != 0)) && [[ -n $refusal ]]; then
     row "$tool" "not run: ${refusal#========= }" "$took"
   elif ((code == 5)); then
     row "$tool" "not run: no test is marked sanitize" "$took"

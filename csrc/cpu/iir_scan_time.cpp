@@ -204,7 +204,8 @@ class Forward {
   static constexpr int W = kLanes<E>, L = kLine<E>, P = L / W;  // P squares make a line of every segment
 
  public:
-  Forward(const IirScanForward<E>& p, int64_t unit) : p_(p), row_(row_of<E>(p, unit)), x_(row_.point(p.x)), y_(row_.point(p.y)) {}
+  Forward(const IirScanForward<E>& p, int64_t unit)
+      : p_(p), row_(row_of<E>(p, unit)), x_(row_.point(p.x)), y_(row_.point(p.y)) {}
 
   void run() {
     x1_ = row_.state(p_.state_x), written_ = row_.state(p_.state_y);
@@ -240,7 +241,7 @@ class Forward {
     segments_.enter(x_ + t, n, owed, now, next, end);
     const bool streams = p_.stream && n % L == 0 && on_line(y_ + t);
     const Two<Vec<T>> y = streams ? walk<P, true>(c, x_ + t, y_ + t, n, now, next)
-                                   : walk<1, false>(c, x_ + t, y_ + t, n, now, next);
+                                  : walk<1, false>(c, x_ + t, y_ + t, n, now, next);
     if (!finite<T>(end, y.v1)) return one_by_one<true>(c, t, W * n);
     exact_ = end, written_ = {y.v1[W - 1], y.v2[W - 1]};
     const E* last = x_ + t + W * n - 1;
@@ -305,8 +306,8 @@ class Forward {
   const Row<E> row_;
   const E* const x_;
   E* const y_;
-  Two<T> x1_;          // x of the two samples before the present one
-  Two<T> written_;     // y of them as they were written, but for the rounding to half precision
+  Two<T> x1_;         // x of the two samples before the present one
+  Two<T> written_;    // y of them as they were written, but for the rounding to half precision
   Two<double> exact_;  // and more precisely
   Segments<E, kNumerator, false> segments_;
 };
@@ -320,7 +321,8 @@ class Backward {
 
  public:
   Backward(const IirScanBackward<E>& p, int64_t unit)
-      : p_(p), row_(row_of<E>(p, unit)), gy_(row_.point(p.gy)), x_(row_.point(p.x)), y_(row_.point(p.y)), gx_(row_.point(p.gx)) {}
+      : p_(p), row_(row_of<E>(p, unit)), gy_(row_.point(p.gy)), x_(row_.point(p.x)), y_(row_.point(p.y)),
+        gx_(row_.point(p.gx)) {}
 
   void run() {
     const Two<T> gend_y = row_.state(p_.gend_y), gend_x = row_.state(p_.gend_x);
