@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
 # An op has 8 seconds, without what compiles.
-_SETTINGS = Settings(rounds=20, short=0.0, seconds=0.3, longest_call=2.0)
+_SETTINGS = Settings(rounds=15, short=0.0, seconds=0.25, longest_call=2.0)
 _QUICK = Settings(rounds=10, short=0.0, seconds=0.3, longest_call=1.0)
 
 

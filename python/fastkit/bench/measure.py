@@ -107,8 +107,8 @@ def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, device:
     calls = {label: contest.makers[ours if label == AGAIN else label]() for label in checks}
     call_s = {label: check.call_s for label, check in checks.items()}
     for label, seconds in call_s.items():
-        if seconds < settings.seconds / 2:  # warms up, and shows the seconds without fresh pages
-            call_s[label] = device.seconds(calls[label])
+        if seconds < settings.seconds / 2:  # warms up, and may show fewer seconds, without fresh pages
+            call_s[label] = min(seconds, device.seconds(calls[label]))
     planned = {label: rounds_of(case, seconds, settings) for label, seconds in call_s.items()}
     copy()
 

@@ -41,12 +41,11 @@ def cases(*, quick: bool = False) -> list[Case]:
 
 
 def demo_cases(*, quick: bool = False) -> list[Case]:
-    """A filter for each chunk, as a layer has it beyond the caches, and within them."""
-    large = [((8, 256, 4096), True, False)]
-    small = [((1, 64, 16384), False, True)]
+    """A filter for each chunk, as a layer has it: beyond the caches, and within them."""
+    large, small = ((8, 256, 4096), False), ((4, 512, 1024), True)
     return [
-        chunks.case(*size, view=view, backward=backward, warm=warm, compile=not quick, packages=False)
-        for size, view, warm in (small if quick else large + small)
+        chunks.case(*size, view=True, backward=backward, warm=warm, compile=not quick, packages=False)
+        for size, warm in ([small] if quick else [large, small])
         for backward in _DIRECTIONS
     ]
 
