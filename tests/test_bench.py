@@ -18,7 +18,7 @@ import torch
 
 from fastkit import __version__, reference
 from fastkit.__main__ import main
-from fastkit.bench import cases, child, demo, device, full, gpu, harness, machine, measure, report, session
+from fastkit.bench import cases, child, demo, device, full, gpu, harness, machine, measure, progress, report
 from fastkit.bench.case import Case, Skip
 from fastkit.bench.cases import iir_scan, iir_scan_chunks, iir_scan_modes, iir_scan_peers, iir_scan_step
 from fastkit.bench.cases.iir_scan_contest import Yardstick
@@ -652,7 +652,7 @@ def test_bench_writes_results_and_keeps_those_of_other_cases(small_bench, tmp_pa
 def test_bench_works_without_the_packages_of_recipes(small_bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(full, "find_spec", lambda module: None)
-    monkeypatch.setattr(session, "run", lambda cases, settings: ([[row]] for row in [OLD]))
+    monkeypatch.setattr(progress, "run", lambda cases, settings: ([[row]] for row in [OLD]))
     assert main(["bench", "--quick", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "iir_step 2x3 fwd" in output and "copy rate: not measured" in output

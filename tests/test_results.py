@@ -4,6 +4,7 @@
 """
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,8 +30,12 @@ def _table(machine: str, rows: Sequence[Row]) -> Iterator[str]:
     cases = by_case(rows)
     rates = [case[0].copy_q2 for case in cases if case[0].copy_q2 is not None]
     loads = [case[0].load for case in cases if case[0].load is not None]
-    yield f"`{machine}`, {rows[0].threads} threads, copy {min(rates):.1f} to {max(rates):.1f} GB/s,"
-    yield f"load {min(loads):.1f} to {max(loads):.1f}; {rows[0].versions}:"
+    versions = dict.fromkeys(part for case in cases for part in case[0].versions.split(", "))
+    yield from textwrap.wrap(
+        f"`{machine}`, {rows[0].threads} threads, copy {min(rates):.1f} to {max(rates):.1f} GB/s, load"
+        f" {min(loads):.1f} to {max(loads):.1f}; {', '.join(versions)}:",
+        120,
+    )
     yield ""
     yield "| | fastkit | again | extra MB | others, the fastest first |"
     yield "|---|---|---|---|---|"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkit import info
-from fastkit.bench import cases, report, session
+from fastkit.bench import cases, progress, report
 from fastkit.bench.harness import Row
 from fastkit.bench.measure import Settings
 from fastkit.recipes._experiment import threads
@@ -41,8 +41,8 @@ def main(out: Path, *, quick: bool = False) -> int:
     print(info.describe(info.report()))
     print(report.LEGEND)
     chosen = [case for stem in cases.stems() for case in cases.of(stem).demo_cases(quick=quick)]
-    with session.ended_in_order():
-        rows = session.measure(
+    with progress.ended_in_order():
+        rows = progress.measure(
             chosen,
             _QUICK if quick else _SETTINGS,
             lambda rows: report.write_csv(rows, out / "demo.csv"),

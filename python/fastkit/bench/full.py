@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastkit import __version__, info
-from fastkit.bench import cases, machine, report, session
+from fastkit.bench import cases, machine, progress, report
 from fastkit.bench.harness import Row
 from fastkit.bench.measure import Settings
 
@@ -36,8 +36,8 @@ def main(stems: Sequence[str], out: Path, *, rounds: int = 40, quick: bool = Fal
     print(info.describe(info.report()))
     print(report.LEGEND)
     chosen = [case for stem in stems or known for case in cases.of(stem).cases(quick=quick)]
-    with session.ended_in_order():
-        rows = session.measure(
+    with progress.ended_in_order():
+        rows = progress.measure(
             chosen,
             _quick(rounds) if quick else Settings(rounds=rounds),
             lambda rows: report.write_csv(_merged(before, rows), path),

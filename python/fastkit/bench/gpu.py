@@ -13,7 +13,7 @@ from fastkit import info
 from fastkit.bench import cases, report
 from fastkit.bench.harness import Row, run
 from fastkit.bench.measure import Settings
-from fastkit.bench.session import ended_in_order
+from fastkit.bench.progress import ended_in_order
 
 _SETTINGS = Settings(rounds=40, short=0.0, seconds=2.0, longest_call=2.0, longest_build=90.0)
 
