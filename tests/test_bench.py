@@ -19,7 +19,7 @@ import torch
 from fastkit import __version__, reference
 from fastkit.__main__ import main
 from fastkit.bench import cases, child, demo, device, full, gpu, harness, machine, measure, progress, report
-from fastkit.bench.case import Case, Skip
+from fastkit.bench.case import Case, Fault, Skip
 from fastkit.bench.cases import iir_scan, iir_scan_chunks, iir_scan_modes, iir_scan_peers, iir_scan_step
 from fastkit.bench.cases.iir_scan_contest import Yardstick
 from fastkit.bench.cases.iir_scan_modes import Bank, Fixed, Sections, TimeVarying
@@ -118,9 +118,9 @@ def test_the_others_are_timed_when_ours_disagrees():
 
 
 def test_a_case_whose_rounds_failed_has_rows():
-    timed = Skip("its process ended with exit code -9")
+    timed = Fault("its process ended with exit code -9")
     for row in harness.rows(CASE, {"ours": PASSED, "other": PASSED}, timed, Settings(), best=0.0):
-        assert (row.ratio, row.note) == (None, "skipped: its process ended with exit code -9")
+        assert (row.ratio, row.note) == (None, "failed: its process ended with exit code -9")
 
 
 def test_slow_contestants_get_fewer_rounds():
@@ -460,7 +460,7 @@ def test_the_device_of_a_case_times_it_and_copies_for_it(fake_gpu):
     ours, _, slow, broken = harness.rows(GPU_CASE, checks, timed, settings, best=1000.0)
     assert (ours.ratio, slow.ratio, ours.faster) == pytest.approx((2, 100, 50))  # the floor of 1 GB is 1 ms
     assert (ours.clones, ours.extra_mb) == (None, (5 << 20) / 1e6)
-    assert broken.note.startswith("skipped: ZeroDivisionError")
+    assert broken.note.startswith("failed: ZeroDivisionError")
     assert "fresh pages" not in report.table([ours, slow, broken])
 
 
@@ -510,14 +510,14 @@ def test_the_benchmark_of_a_gpu_writes_each_case_and_tells_a_wrong_result(tmp_pa
     row = Row("op", "1x1", "fwd", "fastkit cuda", ratio=1.0, rounds=5, extra_mb=1.0)
     wrong = [
         "differs: error nan, tolerance 1e-04",
-        "skipped: RuntimeError: an illegal memory access",
-        "skipped: its process ended with exit code 1",
-        "skipped: took over 90 s",
+        "failed: RuntimeError: an illegal memory access",
+        "failed: its process ended with exit code 1",
+        "failed: took over 90 s",
     ]
     fine = [
         "skipped: no CUDA device",
         "skipped: triton is not installed; pip install 'fastkit[triton]'",
-        'skipped: RuntimeError: iir_scan: impl="triton" has no banks; use impl="cuda"',
+        "skipped: out of memory",
         "skipped: 3.1 s a call",
         "void: the machine was busy in 30 of 40 rounds",
     ]
@@ -543,10 +543,15 @@ def test_the_benchmark_of_a_gpu_writes_each_case_and_tells_a_wrong_result(tmp_pa
         assert told == [f"wrong: op 1x1 fwd, fastkit triton: {rows[-1][0].note}"] * code
 
 
+def test_want_of_memory_is_no_fault():
+    assert measure._skip(torch.OutOfMemoryError("CUDA out of memory. Tried")).note == "skipped: out of memory"
+    assert measure._skip(RuntimeError("b\nc")).note == "failed: RuntimeError: b"
+
+
 @pytest.mark.parametrize("ends", ["rival", "ours"])
 def test_who_ends_the_rounds_on_a_gpu_is_found_out(monkeypatch, ends):
     """A child has no name for what ended it; ours are timed once more, without the rivals."""
-    ended = Skip("its process ended with exit code 1")
+    ended = Fault("its process ended with exit code 1")
     planned = []
 
     class Child:
@@ -576,7 +581,7 @@ def test_who_ends_the_rounds_on_a_gpu_is_found_out(monkeypatch, ends):
     rows = {row.contestant: row for row in table}
     assert planned == [["ours", "our other", "rival", AGAIN], ["ours", "our other", AGAIN]]
     assert rows.pop("rival").note == f"skipped: rounds with all contestants: {ended}"
-    assert {row.note for row in rows.values()} == {"" if ends == "rival" else f"skipped: {ended}"}
+    assert {row.note for row in rows.values()} == {"" if ends == "rival" else f"failed: {ended}"}
 
 
 @pytest.mark.gpu
@@ -647,6 +652,20 @@ def test_bench_writes_results_and_keeps_those_of_other_cases(small_bench, tmp_pa
         assert row.error is not None and row.error < 1e-6
         assert row.note.startswith("void") or (row.ratio and row.threads and row.copy_q2 and row.measured)
     assert small_bench.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_resumes_with_what_was_not_measured(small_bench, tmp_path, monkeypatch):
+    (case,) = cases.of("iir_scan").cases(quick=True)
+    known = [replace(OLD, versions=harness.versions(case.peers)), OTHER]
+    report.write_csv(known, small_bench)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "Child", lambda *_: pytest.fail("nothing is to be measured"))
+        assert main(["bench", "--quick", "--resume", "--out", str(tmp_path)]) == 0
+    assert report.read_csv(small_bench) == known
+    report.write_csv([replace(OLD, versions="others"), OTHER], small_bench)
+    monkeypatch.setattr(progress, "run", lambda cases, settings: ([[OLD]] for _ in cases))
+    assert main(["bench", "--quick", "--resume", "--out", str(tmp_path)]) == 0
+    assert report.read_csv(small_bench) == [OLD, OTHER]
 
 
 def test_bench_works_without_the_packages_of_recipes(small_bench, tmp_path, monkeypatch, capsys):

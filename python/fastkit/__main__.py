@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--quick", action="store_true", help="only shapes that fit the caches, no torch.compile, 10 rounds"
     )
+    bench.add_argument(
+        "--resume", action="store_true", help="leave out what the CSV has, measured with the same versions"
+    )
     bench.set_defaults(run=_bench)
 
     recipes = commands.add_parser("run", help="a published experiment, on data of yours").add_subparsers(
@@ -82,7 +85,7 @@ def _bench(args: argparse.Namespace) -> int:
     from fastkit.bench import full
 
     try:
-        return full.main(args.stems, args.out, rounds=args.rounds, quick=args.quick)
+        return full.main(args.stems, args.out, rounds=args.rounds, quick=args.quick, resume=args.resume)
     except KeyboardInterrupt:
         print("\nbench: stopped; the CSV has what was measured", file=sys.stderr)
         return 130

@@ -36,30 +36,29 @@ def begin(out, *, resume=False, config=(("lr", 0.1),), data=(("name", "noise"),)
     return Run("tiny", out, config=dict(config), data=dict(data), resume=resume)
 
 
-def train(run, arm, seed, *, epochs=3, stop=None):
-    """A row of a model that draws from torch's generator in each epoch; ``stop`` raises in that one."""
-    with seeded(seed):
-        model = nn.Linear(3, 1)
-        optimizer = torch.optim.AdamW(model.parameters(), 0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs)
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-        count = 0
+class Tiny:
+    """A training that draws from torch's generator in each epoch; it raises in epoch ``stop``."""
 
-        def epoch():
-            nonlocal count
-            count += 1
-            if count == stop:
-                raise KeyboardInterrupt
-            loss = (model(torch.randn(4, 3)) - 1).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            return {"loss": loss.item()}
+    def __init__(self, epochs=3, *, stop=None):
+        self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 0.1)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, total_steps=epochs)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.left = stop or 0
 
-        row = run.train("test", arm, seed, epochs=epochs, parts=parts, epoch=epoch)
-    write_checkpoint(run.model_path("test", arm, seed), model.state_dict())
-    return row, model
+    def epoch(self):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        loss = (self.model(torch.randn(4, 3)) - 1).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return {"loss": loss.item()}
+
+    def save(self, path):
+        write_checkpoint(path, self.model.state_dict())
 
 
 def without_seconds(row):
@@ -79,7 +78,7 @@ def test_a_finished_row_is_there_again(tmp_path):
         assert run.rows == {("test", "arm", 0): ROW}
 
 
-@pytest.mark.parametrize("torn", [b'{"table": "te', b"\0\0\0\0", b'{"table": "test"}\n', b"\n"], ids=repr)
+@pytest.mark.parametrize("torn", [b'{"table": "te', b"\0\0\0\0", b'{"table": "test"}'], ids=repr)
 def test_a_torn_last_line_is_cut_off(tmp_path, torn):
     with begin(tmp_path) as run:
         run.append(ROW)
@@ -106,31 +105,46 @@ def test_a_whole_line_without_its_end_is_cut_off_too(tmp_path):
     assert path.read_bytes().count(b"\n") == 1
 
 
-def test_a_torn_line_that_is_not_the_last_is_refused(tmp_path):
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_whole_line_that_is_no_row_is_refused(tmp_path, place):
+    """And stays: another version may have written it."""
     with begin(tmp_path) as run:
         run.append(ROW)
     path = tmp_path / "results.jsonl"
-    path.write_bytes(b"{}\n" + path.read_bytes())
-    with pytest.raises(Refusal, match="must hold a row in each line, got another line 1; take another --out"):
+    lines = [path.read_bytes()]
+    lines.insert(place - 1, b"{}\n")
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(Refusal, match=f"must hold a row in each line, got another line {place}; take"):
         begin(tmp_path, resume=True)
+    assert path.read_bytes() == b"".join(lines)
     begin(tmp_path / "other").__exit__()
 
 
 def test_a_row_goes_on_in_the_middle_as_if_it_had_not_stopped(tmp_path):
+    row = "test", "arm", 0
     with begin(tmp_path / "whole") as run:
-        expected, expected_model = train(run, "arm", 0)
-    with begin(tmp_path / "stopped") as run, pytest.raises(KeyboardInterrupt):
-        train(run, "arm", 0, stop=3)
+        expected = run.row(*row, Tiny, epochs=3)
+        expected_model = read_checkpoint(run.model_path(*row))
+    with begin(tmp_path / "stopped") as run:
+        with pytest.raises(KeyboardInterrupt):
+            run.row(*row, lambda: Tiny(stop=3), epochs=3)
+        assert list((tmp_path / "stopped" / "training").iterdir())
+        assert not run.rows
     torch.randn(7)  # whatever else is drawn
     with begin(tmp_path / "stopped", resume=True) as run:
-        row, model = train(run, "arm", 0)
-        assert without_seconds(row) == without_seconds(expected)
-        assert row.seconds > 0
-        for found, wanted in zip(model.parameters(), expected_model.parameters(), strict=True):
-            assert torch.equal(found, wanted)
-        assert list((tmp_path / "stopped" / "training").iterdir())
-        run.append(row)
+        found = run.row(*row, Tiny, epochs=3)
+        assert without_seconds(found) == without_seconds(expected)
+        assert found.seconds > 0
+        model = read_checkpoint(run.model_path(*row))
+        assert all(torch.equal(model[key], expected_model[key]) for key in ("weight", "bias"))
         assert not list((tmp_path / "stopped" / "training").iterdir())
+        assert run.row(*row, pytest.fail, epochs=3) is found  # not begun again
+
+
+def test_a_model_that_nobody_wants_is_not_kept(tmp_path):
+    with begin(tmp_path) as run:
+        run.row("validation", "arm", 0, Tiny, epochs=3, keeps_model=False)
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_figures_that_are_not_finite_are_none(tmp_path):
@@ -154,8 +168,7 @@ def test_names_of_rows_are_names_of_files(tmp_path):
 def _run_to_the_end(out, resume):
     with begin(out, resume=resume) as run:
         for arm in ("one", "two"):
-            if ("test", arm, 0) not in run.rows:
-                run.append(train(run, arm, 0, epochs=2)[0])
+            run.row("test", arm, 0, lambda: Tiny(2), epochs=2)
         run.write("test", [0])
 
 
@@ -399,7 +412,7 @@ def test_arguments():
 
 def test_progress_is_silent_where_there_is_no_terminal(tmp_path, capfd):
     with begin(tmp_path) as run:
-        train(run, "arm", 0)
+        run.row("test", "arm", 0, Tiny, epochs=3)
     assert capfd.readouterr() == ("", "")
 
 

@@ -12,6 +12,18 @@ Call = Callable[[], Any]
 class Skip(Exception):
     """Why a contestant has no ratio."""
 
+    @property
+    def note(self) -> str:
+        return f"skipped: {self}"
+
+
+class Fault(Skip):
+    """A contestant that raised, or whose process ended or did not end in time."""
+
+    @property
+    def note(self) -> str:
+        return f"failed: {self}"
+
 
 class Contest(Protocol):
     """The contestants of a case, on inputs that are drawn when the first of them is made."""

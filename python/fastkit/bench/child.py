@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fastkit.bench.case import Skip
+from fastkit.bench.case import Fault
 
 Work = Callable[[Iterator[Any], Any], Iterator[Any]]  # (jobs, settings) -> a result for each job
 
@@ -28,7 +28,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def do(self, job: Any) -> Any:
-        """What ``work`` yields for the job; a Skip if it takes over ``limit`` seconds or ends the process."""
+        """What ``work`` yields for the job; a Fault if it takes over ``limit`` seconds or ends it."""
         process = self._process or self._start()
         try:
             self._connection.send(job)
@@ -38,7 +38,7 @@ class Child:
         except (EOFError, OSError):
             reason = f"its process ended with exit code {process.wait()}"
         self.close()
-        return Skip(reason)
+        return Fault(reason)
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._connection, theirs = Pipe()

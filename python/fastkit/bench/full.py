@@ -9,15 +9,18 @@ from pathlib import Path
 
 from fastkit import __version__, info
 from fastkit.bench import cases, machine, progress, report
-from fastkit.bench.harness import Row
+from fastkit.bench.harness import Row, versions
 from fastkit.bench.measure import Settings
 
 
-def main(stems: Sequence[str], out: Path, *, rounds: int = 40, quick: bool = False) -> int:
+def main(
+    stems: Sequence[str], out: Path, *, rounds: int = 40, quick: bool = False, resume: bool = False
+) -> int:
     """Prints a table for each case, writes ``out/<machine>/<version>.csv`` and .png; returns the exit code.
 
     The CSV is written after each case. What it has of other cases stays: one op can be measured again.
     ``quick``: only shapes that fit the caches, nothing compiled, at most 10 rounds, in files of its own.
+    ``resume``: not the cases that the CSV has of the same versions.
     """
     known = cases.stems()
     unknown = [stem for stem in stems if stem not in known]
@@ -35,7 +38,13 @@ def main(stems: Sequence[str], out: Path, *, rounds: int = 40, quick: bool = Fal
 
     print(info.describe(info.report()))
     print(report.LEGEND)
-    chosen = [case for stem in stems or known for case in cases.of(stem).cases(quick=quick)]
+    measured = {(row.title, row.versions) for row in before} if resume else set()
+    chosen = [
+        case
+        for stem in stems or known
+        for case in cases.of(stem).cases(quick=quick)
+        if (case.title, versions(case.peers)) not in measured
+    ]
     with progress.ended_in_order():
         rows = progress.measure(
             chosen,

@@ -118,7 +118,7 @@ def plan(case: Case, checks: dict[str, Check | Skip], settings: Settings) -> dic
 def why_not(case: Case, check: Check | Skip, settings: Settings) -> str:
     """Why a contestant is not timed, or "" when it is."""
     if isinstance(check, Skip):
-        return f"skipped: {check}"
+        return check.note
     if not check.error <= case.tolerance:  # nor is NaN
         return f"differs: error {check.error:.0e}, tolerance {case.tolerance:.0e}"
     if check.call_s > settings.longest_call:
@@ -161,7 +161,7 @@ def rows(
             )
         if not row.note:
             if isinstance(timed, Skip):
-                row = replace(row, note=f"skipped: {timed}")
+                row = replace(row, note=timed.note)
             else:
                 row = replace(row, **_ratio(case, np.array(timed.call_s[label]), rates, idle))
         table.append(row)

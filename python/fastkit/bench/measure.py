@@ -12,7 +12,7 @@ from itertools import chain, groupby
 
 import torch
 
-from fastkit.bench.case import Call, Case, Contest, Skip
+from fastkit.bench.case import Call, Case, Contest, Fault, Skip
 from fastkit.bench.device import DEVICES, Device
 
 AGAIN = "again"  # the label of the A/A row: our contestant a second time
@@ -153,5 +153,7 @@ def _warm_seconds(device: Device, call: Call) -> float:
 def _skip(error: Exception) -> Skip:
     if isinstance(error, Skip):
         return error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return Skip("out of memory")
     first_line = str(error).strip().split("\n")[0]
-    return Skip(f"{type(error).__name__}: {first_line}")
+    return Fault(f"{type(error).__name__}: {first_line}")

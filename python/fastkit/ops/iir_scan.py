@@ -218,7 +218,7 @@ def iir_step(
     chosen = choose(op, impl, x_t, KERNELS)
     if chosen == "triton":
         chosen = covered(op, impl, x_t, KERNELS, chosen, absent="single steps")
-    if chosen == "reference" or (transforms() and not torch.compiler.is_compiling()):
+    if chosen == "reference":
         return reference.iir_step(x_t, a, b, state)
     y, end_y, end_x = step(x_t, a, b, state.y, state.x)
     return y, IIRState(end_y, end_x)

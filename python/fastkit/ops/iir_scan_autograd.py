@@ -545,7 +545,7 @@ def step(
     x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor, state_x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and the state after it."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or (transforms() and not torch.compiler.is_compiling()):
         return step_of_scan(x, a, b, state_y, state_x)
     if differentiates(x, a, b, state_y, state_x):
         return _Step.apply(x, a, b, state_y, state_x)

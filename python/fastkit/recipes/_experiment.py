@@ -184,6 +184,23 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+class Training(Protocol):
+    """What a recipe trains in a row."""
+
+    @property
+    def parts(self) -> Mapping[str, Stateful]:
+        """What ``epoch`` changes, besides torch's generators: model, optimizer, scheduler."""
+        ...
+
+    def epoch(self) -> Mapping[str, float]:
+        """Figures after one more epoch."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """The model, for the recipe's own loader."""
+        ...
+
+
 class Run:
     """A folder of a recipe, held by one process at a time: ``with Run(...) as run``.
 
@@ -292,13 +309,11 @@ class Run:
         lines = self._results.read().splitlines(keepends=True)
         whole = 0  # bytes
         for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break  # a kill cut it off: the row runs again from its last checkpoint
             try:
                 row = Row(**json.loads(line))
-                if not line.endswith(b"\n"):
-                    break  # a kill cut it off before its end: the row runs again from its last checkpoint
             except (ValueError, TypeError) as error:
-                if number == len(lines):
-                    break
                 raise Refusal(
                     f"{self._results.name} must hold a row in each line, got another line {number}; take"
                     " another --out"
@@ -310,21 +325,33 @@ class Run:
 
     # Rows
 
-    def train(
+    def row(
         self,
         table: str,
         arm: str,
         seed: int,
+        begin: Callable[[], Training],
         *,
         epochs: int,
-        parts: Mapping[str, Stateful],
-        epoch: Callable[[], Mapping[str, float]],
+        keeps_model: bool = True,
     ) -> Row:
-        """Calls ``epoch`` until there were ``epochs``, from the row's last checkpoint on if it has one.
+        """The finished row, trained now if it was not before; its figures are those of the last epoch.
 
-        ``parts`` are what ``epoch`` changes, besides torch's generators: model, optimizer, scheduler. It
-        returns figures. The row, whose figures are those of the last epoch, is to be given to ``append``.
+        Args:
+            begin: called with torch's generators seeded by ``seed``.
+            keeps_model: whether ``models`` gets what was trained, before the row counts as finished.
         """
+        if (table, arm, seed) in self.rows:
+            return self.rows[table, arm, seed]
+        with seeded(seed):
+            training = begin()
+            row = self.train(table, arm, seed, training, epochs=epochs)
+        if keeps_model:
+            training.save(self.model_path(table, arm, seed))
+        return self.append(row)
+
+    def train(self, table: str, arm: str, seed: int, training: Training, *, epochs: int) -> Row:
+        """A row up to its last epoch, from its last checkpoint on if it has one; not yet finished."""
         from tqdm import tqdm
 
         path = self._state(table, arm, seed)
@@ -332,7 +359,7 @@ class Run:
         seconds = 0.0
         if path.exists():
             state = read_checkpoint(path)
-            for name, part in parts.items():
+            for name, part in training.parts.items():
                 part.load_state_dict(state["parts"][name])
             _set_generators(state["generators"])
             curve, seconds = state["curve"], state["seconds"]
@@ -341,10 +368,10 @@ class Run:
             total=epochs, initial=len(curve), desc=f"{table}: {arm}, seed {seed}", disable=None, leave=False
         ) as bar:
             while len(curve) < epochs:
-                curve.append(_finite(epoch()))
+                curve.append(_finite(training.epoch()))
                 seconds = time.perf_counter() - start
                 state = {
-                    "parts": {name: part.state_dict() for name, part in parts.items()},
+                    "parts": {name: part.state_dict() for name, part in training.parts.items()},
                     "generators": _generators(), "curve": curve, "seconds": seconds,
                 }  # fmt: skip
                 write_checkpoint(path, state)

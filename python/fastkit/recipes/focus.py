@@ -180,19 +180,21 @@ def _validation(train: Samples) -> Parts:
 
 
 class Training:
-    """A model, what trains it, and ``epoch``: one pass over ``train`` and figures on ``held_out``."""
+    """A model and what trains it: an epoch is a pass over ``train`` and figures on ``held_out``."""
 
     def __init__(
         self,
         model: SequenceClassifier,
         train: Samples,
         held_out: Samples,
+        classes: Sequence[str],
         *,
         lr: float,
         epochs: int,
         batch: int,
     ) -> None:
         self.model, self.train, self.held_out, self.batch = model, train, held_out, batch
+        self.classes = classes
         self.steps = max(1, len(train.y) // batch)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -217,6 +219,9 @@ class Training:
             "loss": cross_entropy(logits, y).item(),
             "train_loss": total / self.steps,
         }
+
+    def save(self, path: Path) -> None:
+        save_classifier(path, self.model, self.classes)
 
 
 @torch.no_grad()
@@ -354,12 +359,10 @@ def _row(
     seed: int,
     classes: Sequence[str],
 ) -> Row:
-    """The finished row, trained now if it was not before."""
-    name = arm if table == "test" else f"{arm},{choice}"
-    if (table, name, seed) in run.rows:
-        return run.rows[table, name, seed]
     config, (train, held_out) = run.config, tables[table]
-    with seeded(seed):
+    epochs = config["epochs"]
+
+    def begin() -> Training:
         model = SequenceClassifier(
             train.x.shape[2],
             len(classes),
@@ -368,12 +371,11 @@ def _row(
             parameterization=choice.parameterization,
             **{key: config[key] for key in ("kernel", "channels", "chunk")},
         )
-        epochs, batch = config["epochs"], config["batch"]
-        training = Training(model, train, held_out, lr=choice.lr, epochs=epochs, batch=batch)
-        row = run.train(table, name, seed, epochs=epochs, parts=training.parts, epoch=training.epoch)
-    if table == "test":
-        save_classifier(run.model_path(table, name, seed), model, classes)
-    return run.append(row)
+        return Training(model, train, held_out, classes, lr=choice.lr, epochs=epochs, batch=config["batch"])
+
+    test = table == "test"
+    name = arm if test else f"{arm},{choice}"
+    return run.row(table, name, seed, begin, epochs=epochs, keeps_model=test)
 
 
 def _plain_baselines(series: Series) -> dict[str, dict[str, float]]:
@@ -432,7 +434,7 @@ def train_digits(*, seeds: Sequence[int] = (0, 1, 2), epochs: int = 15) -> list[
         for seed, filtered in product(seeds, (True, False)):
             with seeded(seed):
                 model = SequenceClassifier(1, 10, filter="adaptive" if filtered else "none")
-                training = Training(model, train, test, lr=1e-2, epochs=epochs, batch=64)
+                training = Training(model, train, test, series.classes, lr=1e-2, epochs=epochs, batch=64)
                 curve = Curve(filtered, seed, [])
                 for _ in range(epochs):
                     curve.accuracy.append(training.epoch()["accuracy"])

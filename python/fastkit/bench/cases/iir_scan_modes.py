@@ -243,7 +243,7 @@ class Bank(_Mode):
         }
 
     def make_one(self) -> Call:
-        """A quarter of the arithmetic, on as much memory: a bank is to take at most 1.3 times four of it."""
+        """A quarter of the arithmetic, on as much memory."""
         one = ScanContest(self.size, self.chunk, self.view, self.backward)
         call = one.call(ours)
         return lambda: Yardstick(call(), one.error)

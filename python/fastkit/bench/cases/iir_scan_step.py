@@ -35,7 +35,7 @@ class _Sample(NamedTuple):
 
 
 class _Step:
-    """A differentiable step is to take at most 1.5 times what the copies and the call of an op do."""
+    """A step, beside copies of its arguments and the call of any differentiable op."""
 
     def __init__(self, B: int, C: int) -> None:
         self.size = B, C
