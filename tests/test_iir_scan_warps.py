@@ -201,6 +201,15 @@ def test_a_nan_stays_in_its_chunk(layout):
         assert torch.equal(got[~hit], want[~hit])
 
 
+@pytest.mark.parametrize(("rows", "whole"), [(2000, True), (500, False)])
+def test_two_thousand_rows_are_walked_in_one_pass(rows, whole):
+    """On a GPU of 132 multiprocessors, which 32 warps each fill. What is cut rounds otherwise."""
+    x, a, b, gy = make_inputs(Size(1, rows, 1030, None))
+    state, gend = make_state(x, a), make_state(x, a, seed=2)
+    one_pass, other = (run(warps, x, a, b, gy, state, gend, chunk=None) for warps in (FULL, 132 * 32))
+    assert all(torch.equal(one_pass[name], other[name]) for name in one_pass) == whole
+
+
 def test_the_cut_changes_rounding_alone_and_every_run_gives_the_same_bits():
     x, a, b, gy = make_inputs(Size(1, 2, 5000, 128))
     state, gend = make_state(x, a), make_state(x, a, seed=2)

@@ -429,14 +429,15 @@ struct EndOfX {
 //
 // Stream: run(body, units), T* allocate<T>(count), warps(): how many fill the GPU.
 
-// Into how many segments the rows of a walk are cut.
+// Into how many segments the rows of a walk are cut. That reads x twice: not where there are a quarter of the warps that
+// fill the GPU, which have loads enough under way (predicted, as all that is said of its speed).
 template <class E, bool kReverse, class Stream>
 void cut(Walk<E, kReverse>& w, Stream& stream) {
   const IirScan<E>& p = w.p;
   const int64_t groups = w.groups(p), time = p.time > 0 ? p.time : 1, wanted = stream.warps();
   const int64_t tile = (p.channels_last ? 4 : kWarpLanes) * kRun<Arithmetic<E>>;
   w.segments = 1, w.length = time;
-  if (groups > 0 && groups < wanted / 2 && time > tile) {
+  if (groups > 0 && groups < wanted / 4 && time > tile) {
     w.segments = wanted / groups + 1 < kSegments ? wanted / groups + 1 : kSegments;
     w.length = ((time + w.segments - 1) / w.segments + tile - 1) / tile * tile;
     if (!p.carry && p.chunk <= w.length) w.length = (w.length + p.chunk - 1) / p.chunk * p.chunk;
