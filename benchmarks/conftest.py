@@ -2,10 +2,10 @@
 
     pytest benchmarks --benchmark-only --benchmark-json=out.json [--quick] [--rounds N]
 
-A copy precedes each call, and a contestant that differs from float64 fails. In the JSON, ``extra_info`` has
-the median ratio to the floor (``x floor``), and that divided by the one of the fastest peer of the case
-(``x fastest peer``). Outputs touch fresh pages here, unless GLIBC_TUNABLES is
-``fastkit.bench.harness.WARM_MALLOC``, and contestants do not take turns: what to quote is
+A copy precedes each call, and so does the contestant that is the floor, where a case has one. A contestant
+that differs from float64 fails. In the JSON, ``extra_info`` has the median ratio to the floor (``x floor``),
+and that divided by the fastest peer's (``x fastest peer``). Outputs touch fresh pages here, unless
+GLIBC_TUNABLES is ``fastkit.bench.harness.WARM_MALLOC``, and contestants do not take turns: what to quote is
 ``python -m fastkit bench``.
 """
 
@@ -64,19 +64,19 @@ def time_contestant(benchmark, request):
             pytest.skip(f"{call_s:.1f} s a call")
 
         copy, copied_bytes = device.copy(case.floor_bytes, settings.copy_bytes)
-        rates = []
+        floor = contest.makers[case.floor]() if case.floor else None
+        rates, floors = [], []
 
         def before_each_round():
             rates.append(copied_bytes / device.seconds(copy))
+            floors.append(case.floor_bytes / rates[-1] if floor is None else device.seconds(floor))
             for _ in range(2 if case.warm else 0):  # brings its data back into the caches
                 call()
 
         benchmark.group = title
         rounds = rounds_of(case, call_s, settings)
         benchmark.pedantic(call, setup=before_each_round, rounds=rounds, warmup_rounds=1)
-        ratios = [
-            s * rate / case.floor_bytes for s, rate in zip(benchmark.stats.stats.data, rates[1:], strict=True)
-        ]
+        ratios = [s / floor_s for s, floor_s in zip(benchmark.stats.stats.data, floors[1:], strict=True)]
         benchmark.extra_info.update(
             {
                 "x floor": statistics.median(ratios),

@@ -1,6 +1,11 @@
-"""Options of the test run, and the implementations that tests of iir_scan run on."""
+"""Options of the test run, the implementations of iir_scan under test, and scripts in fresh processes."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,3 +68,23 @@ def native():
     if reason is not None:
         pytest.skip(reason)
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory):
+    """Runs a script in a process that has imported torch alone; keywords are variables of its environment."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    folder = tmp_path_factory.mktemp("scripts")
+    command = [sys.executable, "-P", str(Path(__file__).with_name("forked_scripts.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run_script(script, **environment):
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write(json.dumps([script, environment, str(folder)]) + "\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            printed = [(folder / name).read_text() for name in ("stdout", "stderr")]
+            return subprocess.CompletedProcess(script, code, *printed)
+
+        yield run_script

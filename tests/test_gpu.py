@@ -152,13 +152,17 @@ CALLS = [
 ]
 
 
+# Of what the sanitizer sees, each mode in one of its layouts.
+COMPARED = [call for i, call in enumerate(call for call in CALLS if call.marks) if i % 4 in (0, 3)]
+
+
 @pytest.mark.parametrize(("mode", "view", "dtype"), CALLS, ids=str)
 def test_every_kernel(mode, view, dtype, impl):
     results = run(MODES[mode], inputs_of(MODES[mode], dtype, view), impl)
     assert_near(results, expected_of(mode, dtype, view), dtype)
 
 
-@pytest.mark.parametrize(("mode", "view", "dtype"), [call for call in CALLS if call.marks], ids=str)
+@pytest.mark.parametrize(("mode", "view", "dtype"), COMPARED, ids=str)
 def test_what_is_compared_is_comparable(mode, view, dtype):
     """On a CPU, so that a mistake in this file is found without a GPU."""
     results = results_of(ops, MODES[mode], inputs_of(MODES[mode], dtype, view), impl="cpu")

@@ -209,6 +209,7 @@ def test_tools_that_are_missing(path, tmp_path):
     assert (results["tests"], results["benchmark"]) == ("passed", "passed")
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_fails_and_leaves_time_for_no_more(path, tmp_path):
     code, results = run(path, tmp_path / "out", HANGS="tests", BUDGET="10")
     assert code == 1

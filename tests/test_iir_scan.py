@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -45,6 +42,8 @@ def assert_all_equal(results, expected):
 )
 @pytest.mark.parametrize("size", sizes("iir_scan"), ids=str)
 def test_matches_reference(impl, size, dtype, carry, numerator):
+    if impl == "reference" and size.T > 257:
+        pytest.skip("so many samples are for the kernels' tiles")
     x, a, b, gy = make_inputs(size, dtype=dtype)
     b = b if numerator else None
     check(x, a, b, gy, chunk=size.chunk, carry=carry, impl=impl)
@@ -87,7 +86,9 @@ def test_delicate_poles_for_long(native, poles, rows, chunk):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_few_rows(native, rows, time, chunk):
     """Fewer rows than a vector has lanes: it is their time that is cut."""
-    for dtype, numerator in itertools.product((torch.float32, torch.float64, torch.float16), (True, False)):
+    for dtype, numerator in (
+        (torch.float32, True), (torch.float32, False), (torch.float64, False), (torch.float16, True),
+    ):  # fmt: skip
         x, a, b, gy = make_inputs(Size(rows % 2 + 1, rows // (rows % 2 + 1), time, chunk), dtype=dtype)
         options = {"state": make_state(x, a), "chunk": chunk, "impl": native}
         check(x, a, b if numerator else None, gy, **options)
@@ -354,7 +355,7 @@ class TestOffsetsBeyond32Bits:
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(native, isa):
+def test_every_instruction_set(native, run_script, isa):
     """The kernels are compiled once for each; all must be right, not only the one loaded here."""
     usable = json.loads(torch.ops.fastkit.build_info())["cpu_isas"]
     if isa not in usable:
@@ -385,6 +386,5 @@ def test_every_instruction_set(native, isa):
             sos = torch.tensor([[0.5, 0.2, 0.1, 1, -0.3, 0.2], [0.3, 0.1, 0, 1, 0.4, 0.1]]).to(a.dtype)
             torch.testing.assert_close(ops.sosfilt(x, sos, impl="cpu"), reference.sosfilt(x, sos))
         """
-    environment = {**os.environ, "FASTKIT_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = run_script(script, FASTKIT_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastkit import reference
+from fastkit._threads import threads
 from fastkit.ops import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
-from fastkit.testing import Size, threads
+from fastkit.testing import Size
 from fastkit.testing.iir_scan import check, make_inputs, make_packed_inputs, make_state
 
 pytestmark = pytest.mark.native

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastkit import reference
+from fastkit._threads import threads
 from fastkit.ops import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
 from fastkit.ops.iir_scan_autograd import step_of_scan
-from fastkit.testing import Size, assert_matches_reference, threads
+from fastkit.testing import Size, assert_matches_reference
 from fastkit.testing.iir_scan import check, expected_results, make_inputs, make_packed_inputs, make_state
 
 pytestmark = pytest.mark.native
@@ -53,6 +54,8 @@ def inputs_of_options(impl, size, filters):
 @pytest.mark.parametrize("chunk", [None, 1, 3, 16, 128])
 @pytest.mark.parametrize("filters", [1, 2, 3, 5])
 def test_bank(impl, filters, chunk, layout):
+    if impl == "reference" and layout == "channels_last":
+        pytest.skip("the reference does not look at strides")
     for x, a, b, gy, carry in inputs_of_options(impl, Size(2, 17, 37, chunk), filters):
         if layout == "channels_last":
             x, gy = channels_last(x, gy)
@@ -131,13 +134,17 @@ def test_only_some_gradients(impl, filters, wanted):
 @pytest.mark.parametrize("time", [1, 2, 3, 33, 257])
 @pytest.mark.parametrize("filters", [None, 3])
 def test_state(impl, filters, time, chunk, carry):
+    if impl == "reference" and time == 257:
+        pytest.skip("so many samples are for the kernels' tiles")
     radius = 0.5 if chunk == 1 else 0.9
     for dtype in (torch.float32,) if impl == "reference" or time == 257 else DTYPES:
         size = Size(2, 17 if time < 257 else 2, time, chunk)
         x, a, b, gy = make_inputs(size, filters=filters, dtype=dtype, radius=radius)
         options = {"chunk": chunk, "carry": carry, "impl": impl}
-        for numerator in (None, b):
+        crossed = dtype == torch.float32
+        for numerator in (b, None) if crossed else (b,):
             check(x, a, numerator, gy, state=make_state(x, a), **options)
+        for numerator in (None, b) if crossed else (None,):
             check(*channels_last(x), a, numerator, *channels_last(gy), state=make_state(x, a), **options)
         check(x, a, b, gy, with_state=True, **options)
 
@@ -172,7 +179,7 @@ def test_split_anywhere_is_one_call(impl, filters, chunk):
 def test_cotangents_of_the_final_state_alone(impl, time, which, filters):
     """y is not used: no cotangent comes for it, which is one of zeros."""
     if impl == "reference" and time == 300:
-        pytest.skip("300 samples are for the kernels' tiles")
+        pytest.skip("so many samples are for the kernels' tiles")
     x, a, b, _ = make_inputs(Size(1, 2, time, None), filters=filters)
     state, gend = make_state(x, a), make_state(x, a, seed=1)
     if which != "both":
@@ -259,6 +266,8 @@ def test_packed(impl, filters, lengths, chunk):
     """Every gradient is that of the sequences one by one: so the oracle computes it."""
     chunk, one_filter = CHUNKS[chunk]
     long = lengths in ("uneven", "few")
+    if impl == "reference" and long:
+        pytest.skip("so many samples are for the kernels' tiles")
     for C in (2,) if impl == "reference" else (1, 3) if long else (1, 17):
         for dtype, carry in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
             if (long or impl == "reference") and dtype == torch.bfloat16:

@@ -39,13 +39,17 @@ def test_in_the_interpreter():
 
 
 def variants():
-    """Every variant for one architecture, and every kernel for the others."""
+    """Every variant for one architecture, and every kernel for the others, where there is time."""
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
         return []
     from fastkit.testing.iir_scan_triton import AOT_VARIANTS
 
     of_kernels = {variant.kernel.__name__: variant for variant in AOT_VARIANTS}.values()
-    others = [(variant, capability) for capability in (80, 100) for variant in of_kernels]
+    others = [
+        pytest.param(variant, capability, marks=pytest.mark.slow)
+        for capability in (80, 100)
+        for variant in of_kernels
+    ]
     return [(variant, 90) for variant in AOT_VARIANTS] + others
 
 
@@ -259,11 +263,11 @@ def test_neither_cuda_nor_triton_warns_why(without_nvcc, monkeypatch):
     assert warning.filename == __file__
 
 
-def test_import_of_the_ops_leaves_triton_alone():
+def test_import_of_the_ops_leaves_triton_alone(run_script):
     script = """if True:
         import sys, torch, fastkit.ops
         torch.ops.fastkit_triton.iir_scan_fwd
         print("triton" in sys.modules)
         """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = run_script(script)
+    assert done.stdout.strip() == "False", done.stderr

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy.random.mtrand
@@ -91,13 +88,11 @@ def test_a_library_that_does_not_say_what_it_is(library_that_says, schema, facts
     assert REBUILD in reason
 
 
-def test_an_instruction_set_that_does_not_exist_is_the_reason_not_the_build():
+def test_an_instruction_set_that_does_not_exist_is_the_reason_not_the_build(run_script):
     script = "import json; from fastkit import _native; print(json.dumps(_native.REASON))"
     if _native.REASON is not None:
         pytest.skip(_native.REASON)
-    environment = {**os.environ, "FASTKIT_CPU_ISA": "neon"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert json.loads(done.stdout) == (
+    assert json.loads(run_script(script, FASTKIT_CPU_ISA="neon").stdout) == (
         "FASTKIT_CPU_ISA must be baseline, avx2 or avx512; unset it for the best that the CPU has"
     )
 
@@ -107,13 +102,6 @@ def package_copy(folder):
     package = Path(fastkit.__file__).parent
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
     return shutil.copytree(package, folder / "python" / "fastkit", ignore=ignored) / "_C.so"
-
-
-def run(folder, script):
-    environment = {**os.environ, "PYTHONPATH": str(folder / "python")}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 CALLS = """
@@ -134,7 +122,7 @@ print(json.dumps([str(_native.LIBRARY), results, warned, refusal]))
 
 
 @pytest.mark.parametrize("what", ["missing", "text", "foreign", "stale"])
-def test_the_first_call_warns_and_every_call_is_right(tmp_path, what):
+def test_the_first_call_warns_and_every_call_is_right(run_script, tmp_path, what):
     library = package_copy(tmp_path)
     reason, cure = f"{library} could not be loaded (", REINSTALL
     if what == "missing":
@@ -151,7 +139,9 @@ def test_the_first_call_warns_and_every_call_is_right(tmp_path, what):
         (tmp_path / "csrc" / "schema.cpp").write_text("newer")
         reason, cure = f"{library} is stale: it was built from another csrc/schema.cpp", REBUILD
 
-    path, results, warned, refusal = run(tmp_path, CALLS)
+    done = run_script(CALLS, PYTHONPATH=str(tmp_path / "python"))
+    assert done.returncode == 0, done.stderr
+    path, results, warned, refusal = json.loads(done.stdout)
     assert path == str(library)
     assert results == 3 * [[[[1.0, 0.5, 0.25]]]]
     [(message, category, filename)] = warned
@@ -179,6 +169,8 @@ print(json.dumps([result, len(caught)]))
 """
 
 
-def test_a_compiled_call_is_right_and_leaves_the_warning_to_the_next(tmp_path):
+def test_a_compiled_call_is_right_and_leaves_the_warning_to_the_next(run_script, tmp_path):
     package_copy(tmp_path)
-    assert run(tmp_path, COMPILED_CALL) == [[[[1.0, 0.5, 0.25]]], 1]
+    done = run_script(COMPILED_CALL, PYTHONPATH=str(tmp_path / "python"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[[1.0, 0.5, 0.25]]], 1]

@@ -26,8 +26,7 @@ def rejects(results, expected):
         assert_all_match(results, expected)
 
 
-@pytest.mark.parametrize("carry", [True, False])
-@pytest.mark.parametrize("radius", [0.5, 0.9, 0.999, 1.01])
+@pytest.mark.parametrize(("radius", "carry"), [(0.5, False), (0.9, True), (0.999, False), (1.01, True)])
 @pytest.mark.parametrize("size", sizes("iir_scan"), ids=str)
 def test_accepts_the_float32_reference(size, radius, carry):
     inputs = make_inputs(size, radius=radius)

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from fastkit._command import Refusal, positive
+
 # A recipe is a module of fastkit.recipes with add_arguments(parser) and main(args) -> exit code.
 RECIPES = {"focus": "adaptive filters in a classifier of series, against constant ones and none"}
 
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path("fastkit-bench"),
         help="folder for <machine>/<version>.csv and .png, which keep what they have of other ops",
     )
-    bench.add_argument("--rounds", type=_positive, default=40, metavar="N", help="default: %(default)s")
+    bench.add_argument("--rounds", type=positive, default=40, metavar="N", help="default: %(default)s")
     bench.add_argument(
         "--quick", action="store_true", help="only shapes that fit the caches, no torch.compile, 10 rounds"
     )
@@ -78,7 +80,11 @@ def _info(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from fastkit.bench import demo
 
-    return demo.main(args.out, quick=args.quick)
+    try:
+        return demo.main(args.out, quick=args.quick)
+    except Refusal as refusal:
+        print(f"demo: {refusal}", file=sys.stderr)
+        return 1
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -91,20 +97,11 @@ def _bench(args: argparse.Namespace) -> int:
         return 130
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return number
-
-
 def _recipe(name: str) -> ModuleType:
     return importlib.import_module(f"fastkit.recipes.{name}")
 
 
 def _run(name: str, args: argparse.Namespace) -> int:
-    from fastkit.recipes._experiment import Refusal
-
     try:
         return _recipe(name).main(args)
     except Refusal as refusal:

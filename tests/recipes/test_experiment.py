@@ -12,18 +12,17 @@ import pytest
 import torch
 from torch import nn
 
+from fastkit._command import Refusal, require
+from fastkit._threads import threads
 from fastkit.recipes import _experiment
 from fastkit.recipes._experiment import (
-    Refusal,
     Row,
     Run,
     add_arguments,
     read_checkpoint,
-    require,
     seeded,
     sha256,
     summary,
-    threads,
     write_atomically,
     write_checkpoint,
 )

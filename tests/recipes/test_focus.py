@@ -2,20 +2,19 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fastkit import _command
 from fastkit.__main__ import RECIPES, main
+from fastkit._command import Refusal
 from fastkit.nn import AdaptiveIIR
 from fastkit.recipes import focus
-from fastkit.recipes._experiment import Refusal, read_checkpoint, write_checkpoint
+from fastkit.recipes._experiment import read_checkpoint, write_checkpoint
 from fastkit.recipes.focus import ARMS, SequenceClassifier, load_classifier, save_classifier
 
 pytest.importorskip("sklearn")
@@ -184,7 +183,7 @@ def test_series_from_a_folder(tmp_path, capsys):
         arrays[f"len_{part}"] = generator.integers(40, 61, count)
     (tmp_path / "waves").mkdir()
     np.savez(tmp_path / "waves" / "waves.npz", **arrays)
-    options = ["--quick", "--epochs", "20", "--batch", "8", "--channels", "16"]
+    options = ["--quick", "--epochs", "12", "--batch", "8", "--channels", "16"]
     arguments = ["run", "focus", "--data", str(tmp_path / "waves"), "--out", str(tmp_path / "out"), *options]
     assert main(arguments) == 0
     output = capsys.readouterr()
@@ -218,9 +217,7 @@ def test_refusals_are_printed_without_a_traceback(tmp_path, capsys):
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
-    from fastkit.recipes import _experiment
-
-    monkeypatch.setattr(_experiment, "find_spec", lambda module: None if module == "sklearn" else True)
+    monkeypatch.setattr(_command, "find_spec", lambda module: None if module == "sklearn" else True)
     assert main(["run", "focus", "--out", str(tmp_path / "out")]) == 1
     message = "run focus: scikit-learn not found; install with pip install 'fastkit[recipes]'\n"
     assert capsys.readouterr().err == message
@@ -235,12 +232,13 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     assert "stopped; the same command with --resume goes on" in capsys.readouterr().err
 
 
-def test_the_command_line_imports_no_recipe_until_it_is_run():
+def test_the_command_line_imports_no_recipe_until_it_is_run(run_script):
     script = (
         "import sys; from fastkit.__main__ import main; main(['info']);"
         "sys.exit(any(name.startswith('fastkit.recipes') for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0
+    done = run_script(script)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -262,13 +260,13 @@ def _rows(path):
     return rows
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_one_that_was_not(tmp_path, kills):
+def test_killed_runs_end_as_one_that_was_not(run_script, tmp_path, kills):
     """To the bit: rows, figures, curves and the tensors of every model."""
-    script = Path(__file__).with_name("killed_runs.py")
-    command = [sys.executable, str(script), str(tmp_path), str(kills), "0", "focus", *TINY]
-    done = subprocess.run(command, capture_output=True, text=True)
+    file = Path(__file__).with_name("killed_runs.py")
+    command = [str(file), str(tmp_path), str(kills), "0", "focus", *TINY]
+    script = "import runpy, sys; sys.argv = {}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run_script(script.format(command))
     assert done.returncode == 0, done.stderr
     assert not re.search("^0 of", done.stdout, re.MULTILINE)
 

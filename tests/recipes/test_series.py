@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from fastkit.recipes._experiment import Refusal
+from fastkit._command import Refusal
 from fastkit.recipes._series import Part, load, standardised
 
 HEADER = """# a comment

@@ -50,6 +50,7 @@ class Case:
     warm: bool = False  # the shape fits the caches, and is timed from warm ones
     tolerance: float = 1e-4  # of the error
     yardsticks: frozenset[str] = frozenset()  # contestants that do something else: ours is not called faster
+    floor: str = ""  # the yardstick whose time is the floor, instead of that of copying ``floor_bytes``
     device: Literal["cpu", "cuda"] = "cpu"  # a GPU's calls are timed from a cold L2: none is ``warm``
     peers: tuple[str, ...] = ()  # packages whose versions belong to a result, besides fastkit's and torch's
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkit import info
+from fastkit._command import require
+from fastkit._threads import threads
 from fastkit.bench import cases, progress, report
 from fastkit.bench.harness import Row
 from fastkit.bench.measure import Settings
-from fastkit.recipes._experiment import threads
 from fastkit.recipes.focus import Curve, train_digits
 
 if TYPE_CHECKING:
@@ -25,18 +24,11 @@ _QUICK = Settings(rounds=10, short=0.0, seconds=0.3, longest_call=1.0)
 
 
 def main(out: Path, *, quick: bool = False) -> int:
-    """Prints tables, writes demo.csv and demo.png into ``out``; returns the exit code.
+    """Prints tables, writes demo.csv and demo.png into ``out``; returns the exit code. Raises Refusal.
 
     ``quick``: only shapes that fit the caches, nothing compiled, one seed.
     """
-    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
-    missing = [package for module, package in needed.items() if find_spec(module) is None]
-    if missing:
-        print(
-            f"demo: {', '.join(missing)} not found; install with pip install 'fastkit[recipes]'",
-            file=sys.stderr,
-        )
-        return 1
+    require(matplotlib="matplotlib", sklearn="scikit-learn", tqdm="tqdm")
     out.mkdir(parents=True, exist_ok=True)
     print(info.describe(info.report()))
     print(report.LEGEND)

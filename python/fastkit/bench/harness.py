@@ -2,8 +2,9 @@
 
 The memory bandwidth of a machine drifts, and differs from its neighbour's: no bare time is worth quoting.
 Here a round copies a large array and calls every contestant. A contestant's ratio in a round is its time
-over that of the floor: the bytes that no implementation can avoid, at the copy rate of the round. A row gives
-the median ratio over the rounds with a 95 % bootstrap interval; our own code, timed twice, shows the noise.
+over that of the floor: the bytes that no implementation can avoid, at the copy rate of the round, or, where a
+case names a contestant for it, the arithmetic that none can avoid, as timed in the round. A row gives the
+median ratio over the rounds with a 95 % bootstrap interval; our own code, timed twice, shows the noise.
 Rounds in which the machine is busy are void, and so is a row that loses more than half of its rounds to that.
 
 Contestants run in child processes. One, with the allocator as users have it, compares results with float64
@@ -55,6 +56,7 @@ class Row:
     extra_mb: float | None = None  # peak memory of a call
     clones: float | None = None  # with the allocator as it is: times a clone of the floor's bytes
     build_s: float | None = None
+    floor: str = ""  # the contestant whose time is the floor; else it is that of copying ``floor_mb``
     floor_mb: float | None = None
     copy_q1: float | None = None  # quartiles of the rounds' copy rates, GB/s
     copy_q2: float | None = None
@@ -135,10 +137,11 @@ def rows(
     best: float,
 ) -> list[Row]:
     """The rows of a case: ours, ours again, the others. ``best`` is the best copy rate of the whole run."""
-    shared = Row(case.op, case.shape, case.direction, "", floor_mb=case.floor_bytes / 1e6)
+    shared = Row(case.op, case.shape, case.direction, "", floor=case.floor, floor_mb=case.floor_bytes / 1e6)
     shared = replace(shared, versions=versions(case.peers))
     rates = np.array(timed.copy_gb_s if isinstance(timed, Rounds) else [])
     idle = rates >= best / 2
+    floor_s = _floor(case, timed, rates)
     if isinstance(timed, Rounds):
         shared = replace(shared, threads=timed.threads, load=timed.load, measured=timed.measured)
     if idle.any():
@@ -162,8 +165,10 @@ def rows(
         if not row.note:
             if isinstance(timed, Skip):
                 row = replace(row, note=timed.note)
+            elif len(floor_s) == 0:
+                row = replace(row, note=f"skipped: its floor, {case.floor}, has no time")
             else:
-                row = replace(row, **_ratio(case, np.array(timed.call_s[label]), rates, idle))
+                row = replace(row, **_ratio(np.array(timed.call_s[label]), floor_s, rates, idle))
         table.append(row)
 
     rivals = [row for row in table[2:] if row.contestant not in case.yardsticks]
@@ -185,13 +190,21 @@ def versions(peers: Sequence[str]) -> str:
     return ", ".join(found)
 
 
-def _ratio(case: Case, call_s: np.ndarray, rates: np.ndarray, idle: np.ndarray) -> dict[str, Any]:
+def _floor(case: Case, timed: Rounds | Skip, rates: np.ndarray) -> np.ndarray:
+    """The seconds of the floor in each round that has it."""
+    if not case.floor:
+        return case.floor_bytes / (rates * 1e9)
+    return np.array(timed.call_s.get(case.floor, []) if isinstance(timed, Rounds) else [])
+
+
+def _ratio(call_s: np.ndarray, floor_s: np.ndarray, rates: np.ndarray, idle: np.ndarray) -> dict[str, Any]:
     """The fields of a Row that the rounds decide."""
-    rates, idle = rates[: len(call_s)], idle[: len(call_s)]
+    rounds = min(len(call_s), len(floor_s))
+    call_s, floor_s, rates, idle = (array[:rounds] for array in (call_s, floor_s, rates, idle))
     if 2 * idle.sum() < len(call_s):
         busy = len(call_s) - int(idle.sum())
         return {"note": f"void: the machine was busy in {busy} of {len(call_s)} rounds"}
-    ratios = (call_s * rates * 1e9 / case.floor_bytes)[idle]
+    ratios = (call_s / floor_s)[idle]
     rates = rates[idle]
     fields: dict[str, Any] = {"ratio": float(np.median(ratios)), "rounds": len(ratios)}
     if len(ratios) >= _FEWEST_FOR_INTERVAL:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 WIDTH = 80
 LEGEND = """
 error     the largest, from float64, relative to the row's largest value
-x floor   the time, over that of copying the bytes that must be read and written
+x floor   the time, over that of copying the bytes that must be read and written,
+          or of the contestant that a case calls its floor
 faster    than the fastest other form
 """
 
@@ -67,7 +68,7 @@ def _lines(case: Sequence[Row]) -> Iterator[str]:
     if ours.copy_q2 is not None:
         quartiles = " ".join(_short(rate) for rate in (ours.copy_q1, ours.copy_q2, ours.copy_q3))
         yield (
-            f"  floor {ours.floor_mb:.0f} MB; copy {quartiles} GB/s (quartiles);"
+            f"  floor {ours.floor or f'{ours.floor_mb:.0f} MB'}; copy {quartiles} GB/s (quartiles);"
             f" threads {ours.threads}, load {ours.load:.1f}"
         )
     yield f"  {'':16}{'error':>8}{'x floor':>9}  {'95 %':<17}{'rounds':>7}{'extra MB':>9}{'faster':>9}"
@@ -143,4 +144,4 @@ def draw(figure: Figure | SubFigure, rows: Sequence[Row]) -> None:
                 continue
             panel.barh(i, row.ratio, color=color)
             panel.text(1.1 * max(row.ratio, 1), i, _short(row.ratio), fontsize=8, va="center")
-    figure.supxlabel("time / time to copy the least bytes (log scale; the line is the floor)", fontsize=9)
+    figure.supxlabel("time / time of the floor (log scale; the line is the floor)", fontsize=9)

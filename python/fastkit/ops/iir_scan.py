@@ -8,23 +8,14 @@ from torch import Tensor
 from fastkit import reference
 from fastkit._autograd import transforms
 from fastkit._dispatch import Impl, Kernels, choose, covered
+from fastkit.ops._checks import FLOATING, HALF, check_tensors, shape
 from fastkit.ops.iir_scan_autograd import ONE_CHUNK, Call, scan, series, step
-from fastkit.ops.iir_scan_checks import (
-    HALF,
-    check_like_x,
-    check_offsets,
-    check_scan,
-    check_signal,
-    check_step,
-    check_tensors,
-    shape,
-)
+from fastkit.ops.iir_scan_checks import check_like_x, check_offsets, check_scan, check_signal, check_step
 from fastkit.ops.iir_scan_checks import check_stable as refuse_unstable
 from fastkit.ops.iir_scan_triton import absent
 from fastkit.reference import IIRState
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KERNELS: Kernels = {"cpu": _DTYPES, "cuda": _DTYPES, "triton": _DTYPES}
+KERNELS: Kernels = {"cpu": FLOATING, "cuda": FLOATING, "triton": FLOATING}
 
 
 def iir_scan(
@@ -109,7 +100,7 @@ def iir_scan(
         >>> fastkit.ops.iir_scan(x, torch.tensor([[[[-0.5, 0.0]]]]))
         tensor([[[1.0000, 0.5000, 0.2500, 0.1250, 0.0625, 0.0312]]])
     """
-    check_tensors("iir_scan", x=x, a=a, b=b, cu_seqlens=cu_seqlens)
+    check_tensors("iir_scan", x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
     a, b = _raised(x, a, b)
     check_scan("iir_scan", x, a, b, None, chunk, carry, cu_seqlens)
     if check_stable:
@@ -162,7 +153,7 @@ def iir_scan_with_state(
         (tensor([[[1.7500, 1.5000]]]), tensor([[[1., 1.]]]))
     """
     op = "iir_scan_with_state"
-    check_tensors(op, x=x, a=a, b=b, cu_seqlens=cu_seqlens)
+    check_tensors(op, x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
     a, b, state = *_raised(x, a, b), _raised_state(op, x, state)
     check_scan(op, x, a, b, state, chunk, carry, cu_seqlens)
     if check_stable:
@@ -208,7 +199,7 @@ def iir_step(
         tensor([[1.5000]])
     """
     op = "iir_step"
-    check_tensors(op, x=x_t, a=a, b=b)
+    check_tensors(op, x=x_t, a=a, b_=b)
     a, b, state = *_raised(x_t, a, b), _raised_state(op, x_t, state)
     check_step(op, x_t, a, b, state)
     batch, channels = x_t.shape

@@ -7,47 +7,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastkit.ops._checks import FLOATING, arithmetic, check_device, shape
 from fastkit.reference import IIRState
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype of coefficients, states and arithmetic for a signal like x."""
-    return torch.float32 if x.dtype in HALF else x.dtype
-
-
-_OPTIONAL = ("b", "cu_seqlens")
-
-
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if type(tensor) is Tensor and tensor.layout is torch.strided:
-            continue
-        if tensor is None and name in _OPTIONAL:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{op}: {name} is a DTensor; pass {name}.to_local() or {name}.full_tensor()")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{op}: {name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
 
 
 def check_signal(op: str, x: Tensor) -> None:
     if x.dtype.is_complex:
         raise TypeError(f"{op}: x must be real, got {x.dtype}; filter x.real and x.imag apart")
-    if x.dtype not in (torch.float32, torch.float64, *HALF):
+    if x.dtype not in FLOATING:
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}; cast it to torch.float32")
 
 
 def check_like_x(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """Device and dtype of what goes with x."""
-    if tensor.device != x.device:
-        raise RuntimeError(
-            f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device};"
-            f" move it with {name}.to(x.device)"
-        )
+    check_device(op, name, tensor, x)
     want = arithmetic(x)
     if tensor.dtype != want:
         raise TypeError(
@@ -97,11 +70,7 @@ def _check_cu_seqlens(op: str, cu_seqlens: Tensor, x: Tensor) -> None:
             f"{op}: cu_seqlens must have shape (S + 1,) with S >= 1 sequences, got {shape(cu_seqlens)};"
             " it holds where each begins, and the total"
         )
-    if cu_seqlens.device != x.device:
-        raise RuntimeError(
-            f"{op}: cu_seqlens must be on the device of x, {x.device}, got {cu_seqlens.device};"
-            " move it with cu_seqlens.to(x.device)"
-        )
+    check_device(op, "cu_seqlens", cu_seqlens, x)
     if x.shape[0] != 1:
         raise ValueError(
             f"{op}: with cu_seqlens x must have shape (1, C, total), got {shape(x)};"
@@ -242,7 +211,3 @@ def check_offsets(
                 f" {coefficients.shape[2]}; chunks restart at every sequence: K is the sum of"
                 " ceil(length / chunk)"
             )
-
-
-def shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

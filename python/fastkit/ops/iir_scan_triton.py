@@ -8,7 +8,7 @@ from torch import Tensor
 MIN_CHUNK = 16  # below, a chunk is no work for a program
 MAX_TIME = 2**30  # times are 32-bit numbers, a tile beyond the end included
 
-_library = torch.library.Library("fastkit_triton", "DEF")
+_library = torch.library.Library("fastkit_triton", "FRAGMENT")
 _SIGNATURES = (
     "iir_scan_fwd(Tensor x, Tensor a, Tensor? b, int chunk, bool carry) -> Tensor",
     "iir_scan_bwd(Tensor gy, Tensor x, Tensor y, Tensor a, Tensor? b, int chunk, bool carry, bool needs_x,"

@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 from urllib.parse import quote
@@ -38,6 +37,7 @@ import numpy as np
 import torch
 
 from fastkit import __version__
+from fastkit._command import Refusal
 
 try:
     import fcntl
@@ -45,10 +45,6 @@ except ImportError:  # Windows: two processes on one folder are the user's to av
     fcntl = None
 
 FORMAT = 1  # of config.json and of every checkpoint
-
-
-class Refusal(ValueError):
-    """A run that cannot start or go on, in words: the command line prints them without a traceback."""
 
 
 # The command line
@@ -70,21 +66,6 @@ def _seed(text: str) -> int:
     return seed
 
 
-def positive(text: str) -> int:
-    """A count, as the type of an option."""
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
-    return count
-
-
-def require(**packages: str) -> None:
-    """Refuses where a module is missing; ``require(sklearn="scikit-learn")``: module and package."""
-    missing = [package for module, package in packages.items() if find_spec(module) is None]
-    if missing:
-        raise Refusal(f"{', '.join(missing)} not found; install with pip install 'fastkit[recipes]'")
-
-
 # Randomness
 
 
@@ -99,17 +80,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's CPU threads inside, and afterwards as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Files

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastkit.recipes._experiment import Refusal, sha256
+from fastkit._command import Refusal
+from fastkit.recipes._experiment import sha256
 
 Array = np.ndarray[Any, Any]
 

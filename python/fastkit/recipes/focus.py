@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from fastkit._command import Refusal, positive, require
+from fastkit._threads import threads
 from fastkit.nn import AdaptiveIIR
 from fastkit.nn.adaptive_iir import Parameterization
 from fastkit.recipes._experiment import (
-    Refusal,
     Row,
     Run,
-    positive,
     read_checkpoint,
-    require,
     seeded,
-    threads,
     write_checkpoint,
 )
 from fastkit.recipes._experiment import add_arguments as add_common_arguments

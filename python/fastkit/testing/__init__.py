@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +15,6 @@ def devices() -> list[torch.device]:
     """The devices that tests run on: the CPU, and a GPU where there is one."""
     gpu = [torch.device("cuda")] if torch.cuda.is_available() else []
     return [torch.device("cpu"), *gpu]
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Calls of PyTorch inside run on so many threads.
-
-    One is best for what is small: more are no faster, and wait for each other where other processes run.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Size(NamedTuple):
@@ -45,9 +29,21 @@ class Size(NamedTuple):
         return f"B{self.B}-C{self.C}-T{self.T}-chunk{self.chunk}"
 
 
-# Rows around the widths of vectors (1, 15, 16, 17, 33), every T up to 9 and T around tiles, chunks that
-# divide T, that do not, and that exceed it.
-_SIZES = {
+class LinearSize(NamedTuple):
+    """The shape of one call of a linear layer with a low-rank addition; str as of ``Size``."""
+
+    N: int
+    D: int
+    O: int  # noqa: E741
+    R: int
+
+    def __str__(self) -> str:
+        return f"N{self.N}-D{self.D}-O{self.O}-R{self.R}"
+
+
+_SIZES: dict[str, list[Any]] = {
+    # Rows around the widths of vectors (1, 15, 16, 17, 33), every T up to 9 and T around tiles, chunks that
+    # divide T, that do not, and that exceed it.
     "iir_scan": [
         Size(1, 1, 1, None),
         Size(1, 1, 2, 1),
@@ -66,13 +62,39 @@ _SIZES = {
         Size(1, 16, 257, 1),
         Size(1, 17, 257, None),
         Size(1, 2, 1000, 128),
-    ]
+    ],
+    # Tokens around blocks (24) and what kernels take of them at a time (4, 6, 12), columns around vectors
+    # (4, 8) and tiles (12, 24, 96), ranks that fill vectors and that do not.
+    "lora_linear": [
+        LinearSize(0, 3, 2, 1),
+        LinearSize(1, 1, 1, 1),
+        LinearSize(1, 33, 7, 2),
+        LinearSize(2, 8, 24, 3),
+        LinearSize(5, 7, 9, 4),
+        LinearSize(7, 25, 12, 5),
+        LinearSize(12, 96, 97, 8),
+        LinearSize(13, 95, 23, 9),
+        LinearSize(23, 11, 100, 12),
+        LinearSize(24, 24, 24, 16),
+        LinearSize(25, 100, 33, 17),
+        LinearSize(49, 5, 48, 24),
+        LinearSize(100, 65, 40, 33),
+        LinearSize(31, 20, 20, 64),
+        LinearSize(2500, 16, 15, 8),
+    ],
 }
 
 
-def sizes(op: str) -> list[Size]:
+def sizes(op: str) -> list[Any]:
     """The awkward sizes at which an op is compared with its reference."""
     return _SIZES[op]
+
+
+class Expected(NamedTuple):
+    """A result in float64, and how far from it rounding may take each element."""
+
+    value: Tensor
+    budget: Tensor
 
 
 def assert_matches_reference(

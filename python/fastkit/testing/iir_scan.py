@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 
 from fastkit import ops
 from fastkit._dispatch import Impl
+from fastkit._threads import threads
 from fastkit.reference import IIRState
-from fastkit.testing import Size, assert_matches_reference, threads
+from fastkit.testing import Expected, Size, assert_matches_reference
 
 
 def make_inputs(
@@ -78,13 +79,6 @@ def _make_inputs(
     b = torch.randn(*shape, 3, generator=generator, dtype=arithmetic)
     x, gy = torch.randn(2, *rows, time, generator=generator, dtype=arithmetic).to(dtype)
     return x, a, b, gy
-
-
-class Expected(NamedTuple):
-    """A result in float64, and how far from it rounding may take each element."""
-
-    value: Tensor
-    budget: Tensor
 
 
 # How often a term of one step of the recursion may be rounded: 5 times in order (a product and four sums),

@@ -13,7 +13,9 @@ from fastkit._dispatch import Impl
 from fastkit.bench.case import Call, Case
 from fastkit.bench.cases import iir_scan_forms as forms
 from fastkit.bench.cases import iir_scan_peers as peers
-from fastkit.bench.cases.iir_scan_contest import DeviceType, ScanContest, Yardstick, our_others
+from fastkit.bench.cases.iir_scan_contest import ScanContest
+from fastkit.bench.contest import DeviceType, Yardstick, our_others
+from fastkit.ops.iir_scan import KERNELS
 
 
 def case(
@@ -41,7 +43,7 @@ def case(
         floor_bytes=(24 if backward else 8) * B * C * T,
         contest=partial(_Chunks, (B, C, T), chunk, view, backward, compile, packages, device),
         warm=warm,
-        yardsticks=our_others(device) | ({POLES} if packages and device == "cpu" else set()),
+        yardsticks=our_others(device, KERNELS) | ({POLES} if packages and device == "cpu" else set()),
         device=device,
         peers=peers.PACKAGES,
     )

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._dispatch import Impl, unavailable
-from fastkit.bench.case import Call, Skip
+from fastkit._dispatch import Impl
+from fastkit.bench.case import Call
 from fastkit.bench.cases import iir_scan_forms as forms
 from fastkit.bench.cases import iir_scan_peers as peers
+from fastkit.bench.contest import DeviceType, Yardstick, compiler, makers_of_ours
 from fastkit.ops.iir_scan import KERNELS
-
-DeviceType = Literal["cpu", "cuda"]
 
 
 class Inputs(NamedTuple):
@@ -30,13 +24,6 @@ class Inputs(NamedTuple):
     a: Tensor  # (B, C, K, 2)
     b: Tensor  # (B, C, K, 3)
     gy: Tensor  # in the layout of x
-
-
-class Yardstick(NamedTuple):
-    """What a call gives that does something else than the op, for comparison; and its own error."""
-
-    result: Any
-    measure: Callable[[Any], float]
 
 
 class ScanContest:
@@ -84,31 +71,18 @@ class ScanContest:
         return forward_backward if self.backward else forward
 
     def makers_of_ours(self, form: Callable[..., Tensor]) -> dict[str, Callable[[], Call]]:
-        """fastkit; on a GPU, each implementation that there is for one."""
-        if self.device == "cpu":
-            return {"fastkit": partial(self.call, form)}
-        return {f"fastkit {impl}": partial(self.make_impl, form, impl) for impl in _GPU_IMPLS}
+        def make(impl: Impl | None) -> Call:
+            return self.call(partial(form, impl=impl))
+
+        return makers_of_ours(self.device, KERNELS, make)
 
     def make_compiled(self, form: Callable[..., Tensor]) -> Call:
         """A chunk-parallel form, its steps compiled; the whole of it takes minutes to compile."""
-        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-            raise Skip("torch.compile needs the headers of Python (Python.h)")
-        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise Skip("torch.compile needs a C++ compiler")
-        if self.device == "cuda" and find_spec("triton") is None:
-            raise Skip("torch.compile needs triton")
-        torch.compiler.reset()  # the compiled steps of other shapes count against a limit
-        compile = partial(torch.compile, fullgraph=True, dynamic=False)
+        compile = compiler(self.device)
         steps, last_steps = compile(forms.steps), compile(forms.last_steps)
         call = self.call(partial(form, steps=steps, last_steps=last_steps))
         call()
         return call
-
-    def make_impl(self, form: Callable[..., Tensor], impl: Impl) -> Call:
-        reason = unavailable(impl, KERNELS)
-        if reason is not None:
-            raise Skip(reason)
-        return self.call(partial(form, impl=impl))
 
     def makers_of_packages(self) -> dict[str, Callable[[], Call]]:
         """Packages that take a denominator for each sample."""
@@ -150,14 +124,6 @@ class ScanContest:
     def exact(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """What ``call`` computes, on sampled inputs in float64."""
         return reference.iir_scan(x, a, b, chunk=self.chunk)
-
-
-_GPU_IMPLS: tuple[Impl, ...] = ("cuda", "triton")
-
-
-def our_others(device: DeviceType) -> frozenset[str]:
-    """The implementations that ours, the first, is not called faster than."""
-    return frozenset() if device == "cpu" else frozenset(f"fastkit {impl}" for impl in _GPU_IMPLS[1:])
 
 
 def draw_filters(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,10 @@ from fastkit._dispatch import Impl
 from fastkit.bench.case import Call, Case
 from fastkit.bench.cases import iir_scan_peers as peers
 from fastkit.bench.cases.iir_scan_chunks import ours
-from fastkit.bench.cases.iir_scan_contest import DeviceType, ScanContest, Yardstick, draw_filters, our_others
+from fastkit.bench.cases.iir_scan_contest import ScanContest, draw_filters
 from fastkit.bench.cases.iir_scan_forms import Form, chunk_parallel, loop
+from fastkit.bench.contest import DeviceType, Yardstick, load, our_others
+from fastkit.ops.iir_scan import KERNELS
 
 
 def case(
@@ -39,7 +41,7 @@ def case(
         floor_bytes=mode.bytes[backward] * B * C * T,
         contest=partial(mode, size, view, backward, device),
         warm=warm,
-        yardsticks=mode.yardsticks | our_others(device),
+        yardsticks=mode.yardsticks | our_others(device, KERNELS),
         device=device,
         peers=peers.PACKAGES,
     )
@@ -82,7 +84,7 @@ class _Shared(_Mode):
 
     def scipy_call(self, name: str, *filters: Tensor) -> Call:
         """A function of scipy.signal, on all rows at once."""
-        function = getattr(peers.load("scipy.signal"), name)
+        function = getattr(load("scipy.signal"), name)
         coefficients = [t.numpy() for t in filters]
         x = self.inputs.x.numpy()
         return lambda: (function(*coefficients, x),)
@@ -113,11 +115,11 @@ class Fixed(_Shared):
         return self.scipy_call("lfilter", b.flatten(), _with_a0(a))
 
     def make_torchaudio(self) -> Call:
-        lfilter = peers.load("torchaudio.functional").lfilter
+        lfilter = load("torchaudio.functional").lfilter
         return self.call(lambda x, a, b, _: lfilter(x, _with_a0(a), b.flatten(), clamp=False))
 
     def make_philtorch(self) -> Call:
-        lfilter = peers.load("philtorch.lti").lfilter
+        lfilter = load("philtorch.lti").lfilter
         return self.call(lambda x, a, b, _: lfilter(b.flatten(), a.flatten(), x.flatten(0, 1)).view_as(x))
 
     def exact(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:

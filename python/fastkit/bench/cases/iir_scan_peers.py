@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fastkit.bench.case import Call, Skip
 from fastkit.bench.cases.iir_scan_forms import Form, numerator
+from fastkit.bench.contest import load
 
 PACKAGES = ("scipy", "torchlpc", "philtorch", "torchaudio")
-
-
-def load(module: str) -> Any:
-    """The module, or a Skip that says what is the matter with its package."""
-    package = module.partition(".")[0]
-    if find_spec(package) is None:
-        raise Skip(f"{package} is not installed")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of parts of a package that are not used here
-            return import_module(module)
-    except (ImportError, OSError):  # built for another torch; what it says has paths of this machine
-        raise Skip(f"{package} is installed, but does not load") from None
 
 
 def scipy_by_chunks(x: Tensor, a: Tensor, b: Tensor, chunk: int) -> Call:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastkit import ops, reference
 from fastkit.bench.case import Call, Case
-from fastkit.bench.cases.iir_scan_contest import Yardstick, draw_filters
+from fastkit.bench.cases.iir_scan_contest import draw_filters
+from fastkit.bench.contest import Yardstick
 from fastkit.reference import IIRState
 
 

@@ -1,0 +1,132 @@
+"""What a benchmark compares: all contestants do the same work, and one that does not is seen."""
+
+import pytest
+import torch
+
+from fastkit import reference
+from fastkit.bench.case import Skip
+from fastkit.bench.cases import iir_scan_chunks, iir_scan_modes, iir_scan_peers, iir_scan_step
+from fastkit.bench.cases.iir_scan_modes import Bank, Fixed, Sections, TimeVarying
+from fastkit.bench.contest import Yardstick, load
+
+MODES = [
+    (Fixed, (3, 1, 384), False),
+    (Fixed, (1, 1, 384), False),
+    (TimeVarying, (2, 9, 64), False),
+    (Bank, (2, 9, 256), False),
+    (Bank, (2, 9, 256), True),
+    (Sections, (5, 1, 384), False),
+]
+
+
+def makers_of(contest):
+    """Those whose package is installed, and what they make."""
+    for label, make in contest.makers.items():
+        try:
+            yield label, make()
+        except Skip as skip:
+            package = label.split()[0]
+            assert package in iir_scan_peers.PACKAGES
+            assert str(skip).startswith(f"{package} is ")  # not installed, or made for another torch
+
+
+def test_a_package_that_cannot_be_used_is_skipped_in_words(tmp_path, monkeypatch):
+    with pytest.raises(Skip, match=r"^no_such_package is not installed$"):
+        load("no_such_package.part")
+    (tmp_path / "broken_package.py").write_text("raise OSError('libcudart.so.99: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Skip, match=r"^broken_package is installed, but does not load$"):
+        load("broken_package")
+
+
+def check_every_contestant(case, results, tolerance):
+    """All agree, one wrong number in any result is seen, and yardsticks are named as such."""
+    contest = case.contest()
+    assert next(iter(contest.makers)) == "fastkit"
+    for label, call in makers_of(contest):
+        given = call()
+        assert not isinstance(given, Yardstick) or label in case.yardsticks
+        parts, error = (
+            (given.result, given.measure) if isinstance(given, Yardstick) else (given, contest.error)
+        )
+        assert isinstance(given, Yardstick) or len(parts) == results
+        assert contest.error(given) < tolerance, label
+        for i, part in enumerate(parts):
+            part = torch.as_tensor(part).detach()
+            for fault in (0.01 * part.abs().max(), torch.nan):
+                wrong = part.clone()
+                wrong[(-1,) * wrong.ndim] += fault
+                assert not error((*parts[:i], wrong, *parts[i + 1 :])) <= case.tolerance, label
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_form_of_iir_scan_agrees_and_a_wrong_one_does_not(view, backward):
+    case = iir_scan_chunks.case(2, 9, 256, chunk=32, view=view, backward=backward, compile=False)
+    check_every_contestant(case, results=4 if backward else 1, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "size", "view"), MODES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_form_of_the_modes_agrees_and_a_wrong_one_does_not(mode, size, view, backward):
+    case = iir_scan_modes.case(mode, size, view=view, backward=backward)
+    check_every_contestant(case, results=4 if backward else 1, tolerance=1e-5)
+
+
+def test_every_contestant_of_a_step_agrees_and_a_wrong_one_does_not():
+    case = iir_scan_step.case(3, 5)
+    check_every_contestant(case, results=3, tolerance=1e-6)
+    differentiable = {label: call() for label, call in makers_of(case.contest())}
+    assert differentiable["with grad"][0].requires_grad
+    assert differentiable["op call"].result[0].requires_grad
+
+
+class FakeLpc:
+    """torchlpc and philtorch by their documented interface: rows of samples, coefficients for each."""
+
+    EXTENSION_LOADED = True
+
+    @staticmethod
+    def sample_wise_lpc(x, a):
+        assert x.shape == a.shape[:2] and a.shape[2] == 2
+        return reference.iir_scan(x[None], a[None], chunk=1)[0]
+
+    @staticmethod
+    def lfilter(b, a, x, *, form, backend):
+        assert form == "df1" and backend in ("ssm", "torchlpc") and b.shape == (*x.shape, 3)
+        return reference.iir_scan(x[None], a[None], b[None], chunk=1)[0]
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_peers_are_given_is_the_same_work(view, backward, monkeypatch):
+    """Where they are not installed, their place is taken by what computes the same."""
+    fakes = {"torchlpc": FakeLpc, "philtorch.lpv": FakeLpc}
+    monkeypatch.setattr(iir_scan_peers, "load", lambda module: fakes.get(module) or load(module))
+    case = iir_scan_chunks.case(2, 9, 64, chunk=16, view=view, backward=backward, compile=False)
+    assert {"torchlpc + FIR", "philtorch", "torchlpc poles"} <= {*dict(makers_of(case.contest()))}
+    check_every_contestant(case, results=4 if backward else 1, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "by"), [(Fixed, "iir_scan"), (Sections, "sosfilt")])
+def test_what_is_exact_for_long_signals_is_the_reference(mode, by):
+    """Gradients too: the sums over rows that share a filter."""
+    contest = iir_scan_modes.case(mode, (3, 1, 768), backward=True).contest()
+    x, a, b, gy = (t.detach().double() for t in contest.inputs)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    if by == "iir_scan":
+        y = reference.iir_scan(x, a, b)
+    else:
+        y = reference.sosfilt(x, torch.cat([b, torch.ones_like(a[..., :1]), a], -1)[0, 0])
+    for actual, (expected, _) in zip(
+        (y.detach(), *torch.autograd.grad(y, leaves, gy)), contest.expected, strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_filters_of_the_modes_are_near_the_unit_circle_and_stable():
+    for mode, size, _ in MODES:
+        inputs = iir_scan_modes.case(mode, size).contest().inputs
+        radii = inputs.a[..., 1].sqrt()
+        assert 0.98 < radii.max() < 0.9991
+        assert (inputs.a[..., 0].abs() < 2 * radii).all()  # pairs, not two real poles
