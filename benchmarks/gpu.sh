@@ -250,7 +250,7 @@ for tool in racecheck memcheck; do # the short one first: what it leaves is the 
   # last: its name is there before time runs out.
   run "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$tool" --error-exitcode 99 "${options[@]}" \
-    "${pytest[@]}" -x -m "gpu and sanitize" -k "$tests" tests/test_gpu.py
+    "${pytest[@]}" -x -m "gpu and sanitize" -k "$tests" tests/test_gpu*.py
   code=$?
   errors='Invalid|Misaligned|Error: Race|ERROR SUMMARY: [1-9]'
   refusals='not supported|unable to|failed to initialize|terminated before'

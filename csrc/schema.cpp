@@ -52,6 +52,21 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   m.def(
       "iir_step_fwd(Tensor x, Tensor a, Tensor? b, Tensor state_y, Tensor state_x) -> "
       "(Tensor y, Tensor end_y, Tensor end_x)");
+
+  // Adds scale h b^T to y (N,O), with h (N,R) = x (mask * a)^T, x (N,D) or, where it is given, lora_x; a (R,D), b (O,R).
+  // square_sum (D), float32: of the columns of x, empty unless needed.
+  m.def(
+      "lora_linear_fwd_(Tensor(a!) y, Tensor x, Tensor? lora_x, Tensor a, Tensor? mask, Tensor b, float scale, "
+      "bool needs_square_sum) -> (Tensor h, Tensor square_sum)");
+  // Its gradients to a and b, and to a bias; that to x, or to lora_x in its place, is added to gx or written over it.
+  m.def(
+      "lora_linear_bwd_(Tensor(a!)? gx, Tensor gy, Tensor x, Tensor h, Tensor a, Tensor? mask, Tensor b, float scale, "
+      "bool adds, bool needs_adapter, bool needs_bias) -> (Tensor ga, Tensor gb, Tensor gbias)");
+  // Sums of squares (D), float32, of the columns of x (N,D).
+  m.def("column_square_sums(Tensor x) -> Tensor");
+  // Zeroes the floor(ratio D) entries of each row of each matrix (R,D) with the least |entry| norm (D), of equal ones
+  // the first; writes what is kept, a dense mask for each matrix.
+  m.def("prune_rows_(Tensor(a!)[] matrices, Tensor[] norms, float ratio, Tensor(b!)[] masks) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

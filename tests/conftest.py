@@ -1,4 +1,4 @@
-"""Options of the test run, the implementations of iir_scan under test, and scripts in fresh processes."""
+"""Options of the test run, the implementations under test, and scripts in fresh processes."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import torch
 
 from fastkit import _native
 from fastkit._dispatch import unavailable
+from fastkit._threads import threads
 from fastkit.ops.iir_scan import KERNELS
 from fastkit.testing import devices
 
@@ -49,11 +50,19 @@ BACKENDS = [
 ]
 
 
+def kernels_of(request):
+    """``KERNELS`` of the op that a test module is about: those that it imports, else iir_scan's."""
+    return getattr(request.module, "KERNELS", KERNELS)
+
+
 @pytest.fixture(params=BACKENDS)
 def impl(request):
     """An implementation; the tensors that the test makes are born on its device."""
     name, device = request.param
-    reason = unavailable(name, KERNELS)
+    kernels = kernels_of(request)
+    if name == "cuda" and name not in kernels:
+        name = "triton"
+    reason = unavailable(name, kernels)
     if reason is not None:
         pytest.skip(reason)
     # The CPU is the default as it is; to say so would make every call of PyTorch slower.
@@ -62,12 +71,19 @@ def impl(request):
 
 
 @pytest.fixture
-def native():
+def native(request):
     """The CPU kernel, for what the reference is too slow for or has no part in."""
-    reason = unavailable("cpu", KERNELS)
+    reason = unavailable("cpu", kernels_of(request))
     if reason is not None:
         pytest.skip(reason)
     return "cpu"
+
+
+@pytest.fixture
+def one_thread():
+    """For what is small: two threads are no faster, and wait for each other where other processes run."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def variants():
 @needs_triton
 @pytest.mark.parametrize(("variant", "capability"), variants(), ids=lambda v: getattr(v, "name", v))
 def test_compiles_without_spills(variant, capability, monkeypatch, tmp_path):
-    from fastkit.testing.iir_scan_triton import compiled
+    from fastkit.testing.aot import compiled
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     resources = compiled(variant, capability)

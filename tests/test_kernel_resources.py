@@ -6,6 +6,7 @@ reads the built library, so it needs one with CUDA, for all architectures of CMa
 Triton kernels are those of the ``AOT_VARIANTS`` in a ``fastkit.testing.<stem>_triton``, compiled here.
 """
 
+import importlib
 import importlib.util
 import os
 import pkgutil
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -30,7 +31,7 @@ TRITON_ARCHS = (80, 90, 100)
 
 # By kernel, without namespace fastkit and template arguments; of a Triton kernel, the name of its function.
 
-# That it reads and writes for a float32 sample of a signal and a filter.
+# That it reads and writes for a float32 sample of a signal and a filter, or element of activations.
 BYTES: dict[str, str] = {
     "iir_scan_warps::Segments": "8; 4 if it composes maps",
     "iir_scan_warps::Enter": "0; 36 a segment",
@@ -43,6 +44,11 @@ BYTES: dict[str, str] = {
     "iir_scan_link": "0; 32 a segment",
     "iir_scan_walk": "8",
     "iir_scan_gradients": "16; 20 a piece of a chunk",
+    "lora_linear_project": "4",
+    "lora_linear_gather": "4",
+    "lora_linear_expand": "8; 4 if it does not add",
+    "lora_linear_sum": "0; 4 a part",
+    "lora_linear_warps::PruneRows": "13",
 }
 
 # Why it has a stack, on the architectures where it does.
@@ -120,13 +126,18 @@ def cuda_kernels() -> list[Kernel]:
 @cache
 def triton_kernels() -> list[Kernel]:
     kernels = []
-    for stem in triton_stems():
-        module = importlib.import_module(f"fastkit.testing.{stem}")
-        for variant in getattr(module, "AOT_VARIANTS", ()):
-            name = f"{variant.kernel.__name__} {variant.name}"
-            for arch in TRITON_ARCHS:
-                kernels.append(Kernel(name, f"sm_{arch}", *module.compiled(variant, arch)))
+    for variant in variants():
+        from fastkit.testing.aot import compiled
+
+        name = f"{variant.kernel.__name__} {variant.name}"
+        kernels += [Kernel(name, f"sm_{arch}", *compiled(variant, arch)) for arch in TRITON_ARCHS]
     return kernels
+
+
+def variants() -> list[Any]:
+    """What is compiled of Triton's kernels."""
+    modules = [importlib.import_module(f"fastkit.testing.{stem}") for stem in triton_stems()]
+    return [variant for module in modules for variant in module.AOT_VARIANTS]
 
 
 def triton_stems() -> list[str]:
@@ -186,34 +197,30 @@ def stale_sources() -> str | None:
     return str(newer[0].relative_to(TESTS.parent)) if newer else None
 
 
-def readable() -> list[Kernel]:
-    reason = why_not_read()
-    if reason is not None:
-        pytest.skip(reason)
-    return [*cuda_kernels(), *triton_kernels()]
-
-
 # What is wanted
 
 
-def test_no_kernel_has_a_stack_without_a_reason():
-    found = {f"{k.name} on {k.arch}: {k.stack} bytes" for k in readable() if k.stack and k.key not in STACKS}
+@pytest.mark.parametrize("made_by", ["nvcc", pytest.param("triton", marks=pytest.mark.slow)])
+def test_no_kernel_has_a_stack_without_a_reason(made_by):
+    if reason := why_not_read():
+        pytest.skip(reason)
+    kernels = cuda_kernels() if made_by == "nvcc" else triton_kernels()
+    found = {f"{k.name} on {k.arch}: {k.stack} bytes" for k in kernels if k.stack and k.key not in STACKS}
     assert not found, f"spills or arrays on the stack; mend that, or say in STACKS why: {sorted(found)}"
 
 
-def test_the_bytes_of_every_kernel_are_known():
-    unknown = sorted({kernel.key for kernel in readable()} - {*BYTES})
+def test_the_bytes_are_those_of_the_kernels_that_there_are():
+    if reason := why_not_read():
+        pytest.skip(reason)
+    keys = {kernel.key for kernel in cuda_kernels()} | {variant.kernel.__name__ for variant in variants()}
+    unknown = sorted(keys - {*BYTES})
     assert not unknown, f"say in BYTES, in {Path(__file__).name}, what a sample takes: {unknown}"
-
-
-def test_reasons_and_bytes_are_of_kernels_that_there_are():
-    kernels = readable()
     if reason := why_not_compared():
         pytest.skip(reason)
-    assert {*BYTES} <= {kernel.key for kernel in kernels}
-    assert {*STACKS} <= {kernel.key for kernel in kernels if kernel.stack}
+    assert {*BYTES} <= keys
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table():
     if reason := why_not_compared():
         pytest.skip(reason)

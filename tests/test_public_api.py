@@ -40,10 +40,31 @@ fastkit.nn.AdaptiveIIR(
     carry: bool = False,
 )
 
+fastkit.nn.PRILoRALinear(
+    base_layer: nn.Module,
+    rank: int,
+    *,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    beta: float = 0.9,
+    statistic: bool = True,
+)
+
 fastkit.ops.IIRState(
     y: Tensor,
     x: Tensor,
 ) is a tuple (y, x)
+
+fastkit.ops.LinearWithStats(
+    y: Tensor,
+    square_sum: Tensor,
+) is a tuple (y, square_sum)
+
+fastkit.ops.column_norms(
+    x: Tensor,
+    *,
+    impl: Impl | None = None,
+) -> Tensor
 
 fastkit.ops.iir_scan(
     x: Tensor,
@@ -79,6 +100,48 @@ fastkit.ops.iir_step(
     impl: Impl | None = None,
 ) -> tuple[Tensor, IIRState]
 
+fastkit.ops.lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    lora_x: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor
+
+fastkit.ops.lora_linear_with_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    lora_x: Tensor | None = None,
+    impl: Impl | None = None,
+) -> LinearWithStats
+
+fastkit.ops.prune_rows_(
+    lora_a: Tensor,
+    input_norm: Tensor,
+    ratio: float,
+    *,
+    impl: Impl | None = None,
+) -> Tensor
+
+fastkit.ops.prune_rows_grouped_(
+    lora_as: Sequence[Tensor],
+    input_norms: Sequence[Tensor],
+    ratio: float,
+    *,
+    impl: Impl | None = None,
+) -> list[Tensor]
+
 fastkit.ops.sosfilt(
     x: Tensor,
     sos: Tensor,
@@ -90,6 +153,15 @@ fastkit.reference.IIRState(
     y: Tensor,
     x: Tensor,
 ) is a tuple (y, x)
+
+fastkit.reference.LinearWithStats(
+    y: Tensor,
+    square_sum: Tensor,
+) is a tuple (y, square_sum)
+
+fastkit.reference.column_norms(
+    x: Tensor,
+) -> Tensor
 
 fastkit.reference.iir_scan(
     x: Tensor,
@@ -118,6 +190,42 @@ fastkit.reference.iir_step(
     b: Tensor | None,
     state: IIRState,
 ) -> tuple[Tensor, IIRState]
+
+fastkit.reference.lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    lora_x: Tensor | None = None,
+) -> Tensor
+
+fastkit.reference.lora_linear_with_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    lora_x: Tensor | None = None,
+) -> LinearWithStats
+
+fastkit.reference.prune_rows_(
+    lora_a: Tensor,
+    input_norm: Tensor,
+    ratio: float,
+) -> Tensor
+
+fastkit.reference.prune_rows_grouped_(
+    lora_as: Sequence[Tensor],
+    input_norms: Sequence[Tensor],
+    ratio: float,
+) -> list[Tensor]
 
 fastkit.reference.sosfilt(
     x: Tensor,

@@ -20,11 +20,13 @@ FASTKIT_CUDA=OFF pip_install "$root"
 grep -v '^#' requirements.txt | while read -r peer; do
     pip_install "${cpu[@]}" --no-build-isolation "$peer" || echo "not installed: $peer"
 done
+# transformers, and so peft, imports torchaudio where it is installed, and does not load where that does not.
+.venv/bin/python -W ignore -c "import torchaudio" 2>/dev/null || .venv/bin/pip uninstall -q -y torchaudio
 
 .venv/bin/python -W ignore - <<'PYTHON'
 import importlib
 
-for module in ("fastkit.ops", "torch", "scipy", "philtorch", "torchlpc", "torchaudio"):
+for module in ("fastkit.ops", "torch", "scipy", "philtorch", "torchlpc", "torchaudio", "peft"):
     try:
         importlib.import_module(module)
     except Exception as error:

@@ -20,6 +20,7 @@ def test_the_cases_of_each_stem_travel_to_child_processes(stem, quick):
         for case, title in zip(pickle.loads(pickle.dumps(chosen)), titles, strict=True):
             assert case.title == title
             assert case.yardsticks <= {*case.contest().makers}
+            assert case.floor in {"", *case.yardsticks}
             assert not quick or case.device == "cuda" or case.warm
 
 

@@ -96,7 +96,7 @@ def test_bench_works_without_the_packages_of_recipes(small_bench, tmp_path, monk
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(full, "find_spec", lambda module: None)
     monkeypatch.setattr(progress, "run", lambda cases, settings: ([[row]] for row in [OLD]))
-    assert main(["bench", "--quick", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "iir_scan", "--quick", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "iir_step 2x3 fwd" in output and "copy rate: not measured" in output
     assert "no PNG: matplotlib not found; install with pip install 'fastkit[recipes]'" in output

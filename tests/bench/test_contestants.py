@@ -5,7 +5,14 @@ import torch
 
 from fastkit import reference
 from fastkit.bench.case import Skip
-from fastkit.bench.cases import iir_scan_chunks, iir_scan_modes, iir_scan_peers, iir_scan_step
+from fastkit.bench.cases import (
+    iir_scan_chunks,
+    iir_scan_modes,
+    iir_scan_peers,
+    iir_scan_step,
+    lora_linear_layer,
+    lora_linear_prune,
+)
 from fastkit.bench.cases.iir_scan_modes import Bank, Fixed, Sections, TimeVarying
 from fastkit.bench.contest import Yardstick, load
 
@@ -26,7 +33,7 @@ def makers_of(contest):
             yield label, make()
         except Skip as skip:
             package = label.split()[0]
-            assert package in iir_scan_peers.PACKAGES
+            assert package in (*iir_scan_peers.PACKAGES, "peft")
             assert str(skip).startswith(f"{package} is ")  # not installed, or made for another torch
 
 
@@ -79,6 +86,22 @@ def test_every_contestant_of_a_step_agrees_and_a_wrong_one_does_not():
     differentiable = {label: call() for label, call in makers_of(case.contest())}
     assert differentiable["with grad"][0].requires_grad
     assert differentiable["op call"].result[0].requires_grad
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_form_of_a_layer_agrees_and_a_wrong_one_does_not(backward):
+    case = lora_linear_layer.case(30, 20, 24, 4, backward=backward, compile=False)
+    assert {"frozen layer", "peft without mask"} == case.yardsticks
+    check_every_contestant(case, results=5 if backward else 2, tolerance=1e-5)
+
+
+def test_every_form_of_pruning_agrees_and_a_wrong_one_does_not():
+    contest = lora_linear_prune.case(30, 20, 4).contest()
+    for label, call in makers_of(contest):
+        mask, norm = call()
+        assert contest.error((mask, norm)) < 1e-6, label
+        assert not contest.error((~mask, norm)) <= 1.0
+        assert not contest.error((mask, 1.01 * norm)) <= 1e-4
 
 
 class FakeLpc:

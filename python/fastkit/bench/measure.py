@@ -52,6 +52,7 @@ class Rounds:
 
 def check(jobs: Iterable[tuple[Case, str]], settings: Settings) -> Iterator[Check | Skip]:
     """Makes and checks each (case, label); the jobs of a case, being neighbours, share its inputs."""
+    torch.ones((), requires_grad=True).backward()  # the first of a process imports half a second's worth
     # Not by the case itself: from the parent it comes as another object with each job.
     for _, group in groupby(jobs, key=lambda job: job[0].title):
         yield from _check_case(group)

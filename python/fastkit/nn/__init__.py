@@ -1,3 +1,4 @@
 """Drop-in torch.nn modules over fastkit.ops."""
 
 from fastkit.nn.adaptive_iir import AdaptiveIIR as AdaptiveIIR
+from fastkit.nn.prilora_linear import PRILoRALinear as PRILoRALinear

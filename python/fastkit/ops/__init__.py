@@ -4,4 +4,10 @@ from fastkit.ops.iir_scan import iir_scan as iir_scan
 from fastkit.ops.iir_scan import iir_scan_with_state as iir_scan_with_state
 from fastkit.ops.iir_scan import iir_step as iir_step
 from fastkit.ops.iir_scan import sosfilt as sosfilt
+from fastkit.ops.lora_linear import lora_linear as lora_linear
+from fastkit.ops.lora_linear import lora_linear_with_stats as lora_linear_with_stats
+from fastkit.ops.lora_linear_prune import column_norms as column_norms
+from fastkit.ops.lora_linear_prune import prune_rows_ as prune_rows_
+from fastkit.ops.lora_linear_prune import prune_rows_grouped_ as prune_rows_grouped_
 from fastkit.reference import IIRState as IIRState
+from fastkit.reference import LinearWithStats as LinearWithStats

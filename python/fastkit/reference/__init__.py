@@ -5,3 +5,9 @@ from fastkit.reference.iir_scan import iir_scan as iir_scan
 from fastkit.reference.iir_scan import iir_scan_with_state as iir_scan_with_state
 from fastkit.reference.iir_scan import iir_step as iir_step
 from fastkit.reference.iir_scan import sosfilt as sosfilt
+from fastkit.reference.lora_linear import LinearWithStats as LinearWithStats
+from fastkit.reference.lora_linear import column_norms as column_norms
+from fastkit.reference.lora_linear import lora_linear as lora_linear
+from fastkit.reference.lora_linear import lora_linear_with_stats as lora_linear_with_stats
+from fastkit.reference.lora_linear import prune_rows_ as prune_rows_
+from fastkit.reference.lora_linear import prune_rows_grouped_ as prune_rows_grouped_

@@ -1,0 +1,48 @@
+"""Triton kernels compiled ahead of time, for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+class Variant(NamedTuple):
+    """What Triton's launcher makes of a call: types of arguments, constants, and what 16 divides."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    warps: int
+
+
+class Resources(NamedTuple):
+    """Of a thread: registers, bytes of stack (spilled registers are there); of a program, shared bytes."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def compiled(variant: Variant, capability: int) -> Resources:
+    """Compile for compute capability ``capability`` / 10, as the launcher would."""
+    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], kernel.metadata.shared)
