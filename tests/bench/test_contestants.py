@@ -91,7 +91,7 @@ def test_every_contestant_of_a_step_agrees_and_a_wrong_one_does_not():
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_form_of_a_layer_agrees_and_a_wrong_one_does_not(backward):
     case = lora_linear_layer.case(30, 20, 24, 4, backward=backward, compile=False)
-    assert {"frozen layer", "peft without mask"} == case.yardsticks
+    assert {"frozen layer", "peft unmasked"} == case.yardsticks
     check_every_contestant(case, results=5 if backward else 2, tolerance=1e-5)
 
 

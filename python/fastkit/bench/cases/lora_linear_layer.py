@@ -16,7 +16,7 @@ from fastkit.bench.case import Call, Case
 from fastkit.bench.contest import DeviceType, Yardstick, compiler, load, makers_of_ours, our_others
 from fastkit.ops.lora_linear import KERNELS
 
-FROZEN, PEFT = "frozen layer", "peft without mask"
+FROZEN, PEFT = "frozen layer", "peft unmasked"
 _SCALE = 0.5
 
 
