@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastkit import reference
 from fastkit._dispatch import choose
@@ -305,6 +307,24 @@ def test_the_statistic_has_no_gradient(impl):
     assert y.requires_grad and not square_sum.requires_grad
 
 
+def test_selective_checkpointing_takes_again_what_linear_gave(impl):
+    """Of which it keeps the tensor itself."""
+    inputs = make_inputs(SOME)
+    products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+
+    def policy(context, op, *args, **options):
+        return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layers(x, weight, bias, a, b):
+        return lora_linear(x, weight, bias, a, b, SCALE, mask=inputs.mask, impl=impl).sin()
+
+    leaves = [t.detach().requires_grad_() for t in inputs[:5]]
+    expected = torch.autograd.grad(layers(*leaves), leaves, inputs.gy)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    y = checkpoint(layers, *leaves, use_reentrant=False, context_fn=contexts)
+    assert all(map(torch.equal, torch.autograd.grad(y, leaves, inputs.gy), expected))
+
+
 def test_a_change_of_a_before_backward_is_noticed(native):
     """It is kept by reference."""
     x, weight, bias, a, b, *_ = make_inputs(SOME)
@@ -396,6 +416,17 @@ def test_autocast_takes_layers_as_they_come(native):
         assert torch.equal(y, lora_linear(x, weight, bias, a, b, SCALE, mask=mask))
         with torch.autocast("cpu", enabled=False):
             assert lora_linear(x, weight, bias, a, b, SCALE, mask=mask).dtype == FLOAT
+
+
+@pytest.mark.parametrize("lora_x", [False, True])
+def test_backward_under_an_autocast_that_was_off_in_forward(native, lora_x):
+    inputs = make_inputs(SOME, lora_x=lora_x)
+    leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)]
+    y = lora_linear(*leaves[:2], None, *leaves[2:], SCALE, mask=inputs.mask, lora_x=inputs.lora_x)
+    expected = torch.autograd.grad(y, leaves, inputs.gy, retain_graph=True)
+    with torch.autocast("cpu", BFLOAT):
+        results = torch.autograd.grad(y, leaves, inputs.gy)
+    assert all(map(torch.equal, results, expected))
 
 
 def test_autocast_leaves_float64(impl):

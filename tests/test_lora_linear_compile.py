@@ -238,3 +238,21 @@ def test_compile_with_inductor(native):
     inner = torch.where(inputs.x > 0, inputs.x, 0.5 * inputs.x)
     value, budget = expected_results(inputs._replace(x=inner, gy=2 * inputs.gy))["y"]
     assert_matches_reference(compiled[0] / 2, value, budget)
+
+
+@pytest.mark.parametrize("lora_x", [False, True])
+def test_tokens_that_are_picked_by_their_values(native, lora_x):
+    """Of a number that the compiler does not know."""
+    x, weight, bias, a, b, mask, other, _ = make_inputs(LinearSize(13, 9, 7, 3), lora_x=lora_x)
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    pick = torch.arange(13) % 3 == 0
+
+    def picked(x, a, b):
+        rows = pick.nonzero().squeeze(1)
+        low = None if other is None else other[rows]
+        return lora_linear(x[rows], weight, bias, a, b, SCALE, mask=mask, lora_x=low).square().sum()
+
+    compiled = torch.compile(picked, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        results = torch.autograd.grad(compiled(*leaves), leaves)
+    assert_all_equal(results, torch.autograd.grad(picked(*leaves), leaves))

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
+import torch
 
 from fastkit import info, nn, ops, reference
 from fastkit._dispatch import Impl
@@ -40,6 +41,17 @@ fastkit.nn.AdaptiveIIR(
     carry: bool = False,
 )
 
+fastkit.nn.AdaptiveIIR.coefficients(
+    x: Tensor,
+) -> Tensor
+
+fastkit.nn.AdaptiveIIR.forward(
+    x: Tensor,
+) -> Tensor
+
+fastkit.nn.AdaptiveIIR.reset_parameters(
+) -> None
+
 fastkit.nn.PRILoRALinear(
     base_layer: nn.Module,
     rank: int,
@@ -49,6 +61,35 @@ fastkit.nn.PRILoRALinear(
     beta: float = 0.9,
     statistic: bool = True,
 )
+
+properties of fastkit.nn.PRILoRALinear: bias, input_norm, merged, scale, weight
+
+fastkit.nn.PRILoRALinear.delta_weight(
+) -> Tensor
+
+fastkit.nn.PRILoRALinear.fold_(
+) -> None
+
+fastkit.nn.PRILoRALinear.forward(
+    input: Tensor,
+) -> Tensor
+
+fastkit.nn.PRILoRALinear.merge(
+    *,
+    reversible: bool = True,
+) -> Self
+
+fastkit.nn.PRILoRALinear.prune_(
+    ratio: float,
+    *,
+    hard: bool = False,
+) -> Tensor
+
+fastkit.nn.PRILoRALinear.reset_parameters(
+) -> None
+
+fastkit.nn.PRILoRALinear.unmerge(
+) -> Self
 
 fastkit.ops.IIRState(
     y: Tensor,
@@ -249,6 +290,15 @@ state_dict of fastkit.nn.AdaptiveIIR(6, adaptive=False):
 
 state_dict of fastkit.nn.AdaptiveIIR(6, adaptive=False, filters=2):
     logits (6, 2, 2)
+
+state_dict of fastkit.nn.PRILoRALinear(torch.nn.Linear(6, 4), 2):
+    lora_a (2, 6)
+    lora_b (4, 2)
+    mask (2, 6)
+    input_square (6,)
+    folds ()
+    base_layer.weight (4, 6)
+    base_layer.bias (4,)
 """
 
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
@@ -257,6 +307,7 @@ STATE_DICTS = [
     "AdaptiveIIR(6, filters=2, pool=4, hidden=5)",
     "AdaptiveIIR(6, adaptive=False)",
     "AdaptiveIIR(6, adaptive=False, filters=2)",
+    "PRILoRALinear(torch.nn.Linear(6, 4), 2)",
 ]
 
 
@@ -283,6 +334,8 @@ def described(name: str, value: object) -> str:
     signature = inspect.signature(value)
     lines, keyword_only = [f"{name}("], False
     for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             lines.append("    *,")
             keyword_only = True
@@ -299,14 +352,25 @@ def described(name: str, value: object) -> str:
     return "\n".join(lines)
 
 
+def methods(name: str, of: type) -> list[str]:
+    """Of a module's class, and its properties, beyond those that every module has."""
+    own = {key: value for key, value in vars(of).items() if not key.startswith("_")}
+    properties = sorted(key for key, value in own.items() if isinstance(value, property))
+    functions = sorted(key for key, value in own.items() if inspect.isfunction(value))
+    lines = [f"properties of {name}: {', '.join(properties)}"] if properties else []
+    return lines + [described(f"{name}.{key}", own[key]) for key in functions if key != "extra_repr"]
+
+
 def api() -> str:
     parts = [described("fastkit.info.available", info.available)]
     parts += [f"{alias}: {', '.join(get_args(of))}" for alias, of in ALIASES.items()]
     for module in (nn, ops, reference):
         for name in public_names(module):
             parts.append(described(f"{module.__name__}.{name}", getattr(module, name)))
+            if module is nn:
+                parts += methods(f"{module.__name__}.{name}", getattr(module, name))
     for call in STATE_DICTS:
-        state = eval(call, vars(nn)).state_dict()
+        state = eval(call, {**vars(nn), "torch": torch}).state_dict()
         keys = [f"    {key} {tuple(tensor.shape)}" for key, tensor in state.items()]
         parts.append("\n".join([f"state_dict of fastkit.nn.{call}:", *keys]))
     return "\n" + "\n\n".join(parts) + "\n"

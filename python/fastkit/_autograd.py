@@ -1,8 +1,9 @@
-"""The base of every op's autograd functions, and whether a call needs one."""
+"""The base of every op's autograd functions, whether a call needs one, and autocast."""
 
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,17 @@ def differentiates(*tensors: Tensor | None) -> bool:
 def transforms() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
     return torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for calls on x."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For calls on x that have cast what is to be cast; where there is no autocast it cannot be disabled."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def forward_mode() -> bool:

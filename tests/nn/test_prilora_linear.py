@@ -195,6 +195,29 @@ def test_gradient_checkpointing_counts_once(reentrant):
     assert torch.equal(plain.lora_a.grad, checkpointed.lora_a.grad)
 
 
+@needs_kernel
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_compiled_layer_in_a_checkpoint_counts_once(reentrant):
+    plain, compiled = layer(), layer()
+    compiled.load_state_dict(plain.state_dict())
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, D, requires_grad=True)
+    for _ in range(2):
+        plain(x).square().sum().backward()
+        checkpoint(graph, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(compiled.square_sum, plain.square_sum)
+    torch.testing.assert_close(compiled.lora_a.grad, plain.lora_a.grad)
+
+
+def test_a_layer_that_is_not_enabled_is_the_base_layer_and_counts_nothing():
+    module = layer()
+    module.enabled = False
+    x = torch.randn(5, D)
+    assert torch.equal(module(x), module.base_layer(x)) and not module.square_sum.any()
+    module.enabled = True
+    torch.testing.assert_close(module(input=x), written_out(module, x))
+
+
 def test_nothing_is_counted_in_eval_or_without_statistic():
     module = layer().eval()
     module(torch.randn(5, D))
@@ -254,17 +277,25 @@ def test_prune_is_of_each_row_by_magnitude_and_norm(hard):
     assert torch.equal(module.mask, kept if hard else torch.ones_like(kept))
 
 
-def test_what_is_pruned_hard_stays_zero_and_soft_grows_again():
-    for hard in (False, True):
-        module = layer()
-        train_step(module, torch.randn(50, D))
-        kept = module.prune_(0.5, hard=hard)
-        optimizer = torch.optim.Adam([module.lora_a, module.lora_b], lr=0.1)
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_is_pruned_hard_stays_zero_and_soft_grows_again(hard):
+    """Under an optimizer that moves it by what it remembers, too."""
+    module = layer()
+    optimizer = torch.optim.Adam([module.lora_a, module.lora_b], lr=0.1)
+
+    def step():
         optimizer.zero_grad()
-        train_step(module, torch.randn(50, D))
+        module(torch.randn(50, D)).square().sum().backward()
         optimizer.step()
-        grown = module.lora_a[~kept].abs() > 0
+        module.fold_()
+
+    step()
+    kept = module.prune_(0.5, hard=hard)
+    for _ in range(3):
+        step()
+        grown = module.lora_a[~kept] != 0
         assert not grown.any() if hard else grown.all()
+    assert module.lora_a[kept].count_nonzero() == kept.sum()
 
 
 def test_pruning_needs_a_statistic():
@@ -316,6 +347,8 @@ def test_what_a_merged_layer_refuses():
         "a merged layer is not saved, for its adapter would be added twice; unmerge() it, or save base_layer"
     ):
         nn.Sequential(module).state_dict()
+    with refused("a merged layer is not loaded into, for its weight is another; unmerge() it first"):
+        nn.Sequential(module).load_state_dict(nn.Sequential(layer()).state_dict())
     module.half()
     with refused(
         "unmerge: the weight was torch.float32 when it was merged, and is torch.float16 now;"
@@ -336,10 +369,24 @@ def test_merging_that_cannot_be_undone_is_said_to_be():
         module.unmerge()
 
 
-def test_a_quantised_layer_is_not_merged_into():
-    module = layer("quantised")
+class Scaled(nn.Linear):
+    """Its weight is not all that it computes with."""
+
+    def forward(self, input):
+        return 3 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    "base", [Quantised, lambda: Scaled(D, O), lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, O))]
+)
+def test_a_layer_whose_weight_is_not_all_of_it_is_called_and_not_merged_into(base):
+    module = PRILoRALinear(base(), R)
+    nn.init.normal_(module.lora_b)
+    x = torch.randn(5, D)
+    torch.testing.assert_close(module(x), written_out(module, x))
+    name = type(module.base_layer).__name__
     with refused(
-        "merge: the weight of Quantised is not a plain floating-point tensor; dequantise the layer first, or"
+        f"merge: the weight of {name} is not a plain floating-point tensor; dequantise the layer first, or"
         " keep the adapter apart"
     ):
         module.merge()
@@ -378,6 +425,22 @@ def test_state_survives_saving_in_a_model_and_goes_on_with_the_same_bits():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_a_load_drops_what_was_summed():
+    module = layer()
+    module(100 * torch.randn(5, D))
+    module.load_state_dict(layer().state_dict())
+    assert not module.square_sum.any()
+
+
+def test_made_on_meta_and_loaded_it_counts():
+    with torch.device("meta"):
+        module = PRILoRALinear(nn.Linear(D, O), R)
+    module.load_state_dict(layer().state_dict(), assign=True)
+    x = torch.randn(5, D)
+    train_step(module, x)
+    torch.testing.assert_close(module.input_square, x.square().sum(0))
+
+
 def test_copies_and_pickles_are_whole():
     module = layer()
     train_step(module, torch.randn(5, D))
@@ -409,15 +472,37 @@ def test_it_moves_with_its_model():
         module = PRILoRALinear(nn.Linear(D, O), R)
     assert {t.device.type for t in (*module.parameters(), *module.buffers(), module.square_sum)} == {"meta"}
     module.to_empty(device="cpu")
-    assert module.square_sum.device.type == "cpu" and not module.square_sum.any()
+    for tensor in (module.input_square, module.folds, module.square_sum):
+        tensor.fill_(9)  # whatever the memory held
+    module.reset_parameters()
+    assert module.mask.all() and not module.lora_b.any()
+    assert not any(t.any() for t in (module.input_square, module.folds, module.square_sum))
 
 
-def test_hooks_of_the_base_layer_run():
+def test_the_adapter_is_where_its_base_layer_is():
+    with torch.device("meta"):
+        base = Quantised()
+    base.register_buffer("scales", torch.ones(O))  # as of a layer whose weight is brought when it is called
+    assert PRILoRALinear(base, R).lora_a.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_the_base_layer_run(register):
     module = layer()
-    x, called = torch.randn(5, D), []
+    x, called = torch.randn(5, D, requires_grad=True), []
     expected = module(x)
-    module.base_layer.register_forward_hook(lambda *_: called.append(True))
-    torch.testing.assert_close(module(x), expected)
+    getattr(module.base_layer, register)(lambda *_: called.append(True))
+    y = module(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
     assert called
 
 
@@ -462,6 +547,15 @@ def test_a_base_that_is_no_linear_layer_is_refused():
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         PRILoRALinear(nn.LayerNorm(3), R)
+
+
+def test_a_layer_whose_weight_is_read_past_it_is_refused():
+    message = (
+        "PRILoRALinear: base_layer must not be the out_proj of nn.MultiheadAttention, which reads its weight"
+        " past the layer; adapt other layers"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        PRILoRALinear(nn.MultiheadAttention(8, 2).out_proj, R)
 
 
 def test_the_conv1d_of_transformers_is_taken():

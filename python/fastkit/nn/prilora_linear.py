@@ -12,6 +12,7 @@ from torch.nn.functional import dropout
 
 from fastkit import ops
 from fastkit._autograd import transforms
+from fastkit.ops._checks import FLOATING
 from fastkit.ops.lora_linear import low_rank
 
 
@@ -30,7 +31,8 @@ class PRILoRALinear(nn.Module):
     Args:
         base_layer: what is adapted: an ``nn.Linear``, a transformers ``Conv1D``, or any other module from
             ``(..., D)`` to ``(..., O)`` that has ``in_features`` and ``out_features``, as quantised layers
-            do: then what it returns is added to, by one more pass over y. Its parameters are frozen.
+            do: then it is called, and the addition is made apart and added to what it returns. Its
+            parameters are frozen, also where another module shares them.
         rank: R, the rows of A; at most min(D, O).
         alpha: the addition is scaled by ``alpha / rank`` (16: our choice).
         dropout: the probability with which an entry of x is dropped in front of A.
@@ -41,22 +43,27 @@ class PRILoRALinear(nn.Module):
         x ``(..., D)``, y ``(..., O)``. Parameters: ``lora_a`` (R, D), ``lora_b`` (O, R), in the dtype of the
         base layer's weight, float32 for half precision. Buffers: ``mask`` (R, D), bool, True where A is kept;
         ``input_square`` (D,), float32, the average; ``folds``, how often it was folded. The base layer's
-        parameters are under ``base_layer``.
+        parameters are under ``base_layer``. ``square_sum`` (D,), float32, the sum since the last fold, is no
+        state: a load drops it. ``enabled = False`` makes it the base layer, which counts nothing.
 
     Raises:
-        ValueError: an option, or the sizes of the base layer, are not as above.
+        ValueError: an option, or the base layer, are not as above. The ``out_proj`` of
+            ``nn.MultiheadAttention`` is refused: its weight is read past the layer.
         TypeError, RuntimeError: as ``fastkit.ops.lora_linear``; RuntimeError also for what ``merge`` and
-            ``unmerge`` refuse, for training or saving a merged layer, and for pruning before the first fold.
+            ``unmerge`` refuse, for training, saving or loading a merged layer, and for pruning before the
+            first fold.
 
-    Initialisation: A uniform in +-1 / sqrt(D), B zero (as in PEFT): at first y is the base layer's.
+    Initialisation: ``reset_parameters()``: A uniform in +-1 / sqrt(D), B zero (as in PEFT), so that at first
+    y is the base layer's; all of A is kept, and nothing was counted.
 
     Numerics: those of ``fastkit.ops.lora_linear``. The average is ``q = beta q + (1 - beta) s``, from q = s
     at the first fold; a sum s with a NaN or inf is left out whole. ``half()`` and ``bfloat16()`` leave the
     average in float32.
 
     Support: ``torch.compile(fullgraph=True)``, autocast. What gradient checkpointing computes again in
-    backward is not counted again, under either kind. In eval, and under ``torch.func`` transforms, nothing is
-    summed.
+    backward is not counted again, of either kind, compiled or not. In eval, and under ``torch.func``
+    transforms, nothing is summed; padding is, as any token. ``nn.TransformerEncoderLayer`` reads weights past
+    its layers in eval, unless ``torch.backends.mha.set_fastpath_enabled(False)``.
 
     Source: Benedek, Wolf, "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation", Findings of EACL 2024:
     pruning A by the magnitude of its entries and the statistics of its input. The average of squares, beta,
@@ -107,28 +114,30 @@ class PRILoRALinear(nn.Module):
         self.beta = beta
         self.statistic = statistic
         weight = getattr(base_layer, "weight", None)
-        dtype, device = torch.float32, None
-        if isinstance(weight, Tensor):
-            device = weight.device
-            dtype = torch.float64 if weight.dtype == torch.float64 else dtype
+        dtype = (
+            torch.float64 if isinstance(weight, Tensor) and weight.dtype == torch.float64 else torch.float32
+        )
+        device = _device(base_layer)
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
         self.register_buffer("mask", torch.ones(rank, self.in_features, dtype=torch.bool, device=device))
         self.register_buffer("input_square", torch.zeros(self.in_features, device=device))
         self.register_buffer("folds", torch.zeros((), dtype=torch.int64, device=device))
-        # Not a buffer: data-parallel wrappers would overwrite each rank's sum with that of the first.
+        # Not a buffer: DistributedDataParallel would overwrite each rank's sum with that of the first.
         self.square_sum = torch.zeros(self.in_features, device=device)
+        self.enabled = True
         self._unmerged: Tensor | None = None
         self._merged = False
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A and B as at the start; all of A is kept."""
+        """All but the base layer as at the start, the statistic too."""
         bound = 1 / math.sqrt(self.in_features)
-        with torch.no_grad():
-            self.lora_a.uniform_(-bound, bound)
-            self.lora_b.zero_()
-            self.mask.fill_(True)
+        self.lora_a.uniform_(-bound, bound)
+        self.mask.fill_(True)
+        for zeros in (self.lora_b, self.input_square, self.folds, self.square_sum):
+            zeros.zero_()
 
     @property
     def scale(self) -> float:
@@ -148,16 +157,17 @@ class PRILoRALinear(nn.Module):
     def merged(self) -> bool:
         return self._merged
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._merged:
-            if self.training:
-                raise RuntimeError(
-                    "PRILoRALinear: a merged layer cannot be trained; call unmerge(), or eval() for inference"
-                )
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if self._merged and self.training:
+            raise RuntimeError(
+                "PRILoRALinear: a merged layer cannot be trained; call unmerge(), or eval() for inference"
+            )
+        if self._merged or not self.enabled:
             return self.base_layer(x)
         lora_x = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         adapter = (self.lora_a, self.lora_b, self.scale)
-        counts = self.statistic and self.training and not (_recomputing() or transforms())
+        counts = self.statistic and self.training and not transforms()
         if self._is_plain():
             weight = self.weight.T if _is_conv1d(self.base_layer) else self.weight
             if not counts:
@@ -170,16 +180,18 @@ class PRILoRALinear(nn.Module):
             delta, square_sum = low_rank(x, *adapter, mask=self.mask, lora_x=lora_x, stats=counts)
             y = y + delta.to(y.dtype)
         if counts:
-            self.square_sum.add_(square_sum)
+            _count_(self.square_sum, square_sum)
         return y
 
     @torch.no_grad()
     def fold_(self) -> None:
         """Moves the sum of squares since the last call into the average; call it once per optimizer step.
 
-        Without a training forward since then, or with a NaN or inf in the sum, the average stays as it is.
-        Nothing is read back from a GPU.
+        Without a training forward since then, with nothing but zeros, or with a NaN or inf in the sum, the
+        average stays as it is. What a hard mask has pruned is zeroed again: an optimizer with momentum moves
+        it without a gradient. Nothing is read back from a GPU.
         """
+        self.lora_a.masked_fill_(~self.mask, 0.0)
         sums = self.square_sum
         counts = sums.isfinite().all() & (sums > 0).any()
         average = torch.where(self.folds > 0, self.beta * self.input_square + (1 - self.beta) * sums, sums)
@@ -196,8 +208,8 @@ class PRILoRALinear(nn.Module):
     def prune_(self, ratio: float, *, hard: bool = False) -> Tensor:
         """Zero the ``floor(ratio D)`` least important entries of each row of A; returns what is kept (R, D).
 
-        ``hard``: the mask stays, so that pruned entries are zero, without a gradient, until the next call.
-        Else they may grow again.
+        ``hard``: the mask stays, so that pruned entries count as zero and get no gradient, and are zero after
+        each ``fold_``; being the least, they are the first to be pruned again. Else they may grow.
         """
         if not bool(self.folds > 0):
             raise RuntimeError(
@@ -224,7 +236,7 @@ class PRILoRALinear(nn.Module):
         """
         if self._merged:
             raise RuntimeError("PRILoRALinear: merge: the layer is merged already; call unmerge() first")
-        if not _has_plain_weight(self.base_layer):
+        if not _is_product(self.base_layer):
             raise RuntimeError(
                 f"PRILoRALinear: merge: the weight of {type(self.base_layer).__name__} is not a plain"
                 " floating-point tensor; dequantise the layer first, or keep the adapter apart"
@@ -262,10 +274,14 @@ class PRILoRALinear(nn.Module):
     def _is_plain(self) -> bool:
         """Whether calling the base layer is a product with its weight and nothing else."""
         base = self.base_layer
-        hooked = (
-            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        hooks = (
+            base._forward_hooks,
+            base._forward_pre_hooks,
+            base._backward_hooks,
+            base._backward_pre_hooks,
+            "forward" in vars(base),
         )
-        return (type(base) is nn.Linear or _is_conv1d(base)) and not hooked and _has_plain_weight(base)
+        return _is_product(base) and not any(hooks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         average = self.input_square
@@ -288,11 +304,25 @@ class PRILoRALinear(nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._merged:
+            raise RuntimeError(
+                "PRILoRALinear: a merged layer is not loaded into, for its weight is another; unmerge() it"
+                " first"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+        self.square_sum = torch.zeros_like(self.input_square)
+
 
 def _features(base: nn.Module) -> tuple[int, int]:
     if _is_conv1d(base):
         return base.nx, base.nf  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
     features = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+        raise ValueError(
+            "PRILoRALinear: base_layer must not be the out_proj of nn.MultiheadAttention, which reads its"
+            " weight past the layer; adapt other layers"
+        )
     if not all(isinstance(n, int) and n > 0 for n in features):
         raise ValueError(
             "PRILoRALinear: base_layer must be a linear layer with in_features and out_features, or a"
@@ -306,11 +336,37 @@ def _is_conv1d(base: nn.Module) -> bool:
     return type(base).__name__ == "Conv1D" and hasattr(base, "nx") and hasattr(base, "nf")
 
 
-def _has_plain_weight(base: nn.Module) -> bool:
-    weight = getattr(base, "weight", None)
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()  # pyright: ignore
+def _is_product(base: nn.Module) -> bool:
+    """Whether the layer is one of those that are a product with the weight that is its parameter."""
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
+        return False
+    return type(base) is nn.Linear or _is_conv1d(base)
 
 
-def _recomputing() -> bool:
-    """Whether this is a checkpointed segment's forward, run again in backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _device(base: nn.Module) -> torch.device | None:
+    """Where the layer is; a layer that is loaded when it is called leaves its weight on the meta device."""
+    devices = [t.device for t in (*base.parameters(), *base.buffers())]
+    return next((device for device in devices if device.type != "meta"), devices[0] if devices else None)
+
+
+# Adds what a forward has summed, unless it is run again in backward, as that of a checkpointed segment is.
+# An op, so that a compiled layer too looks when it runs.
+_library = torch.library.Library("fastkit", "FRAGMENT")
+_library.define("count_once_(Tensor(a!) total, Tensor sum) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _count_once_(total: Tensor, sum: Tensor) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        total.add_(sum)
+
+
+_library.impl("count_once_", _count_once_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastkit::count_once_", lib=_library)
+def _(total: Tensor, sum: Tensor) -> None:
+    pass
+
+
+_count_ = torch.ops.fastkit.count_once_.default

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._autograd import transforms
+from fastkit._autograd import autocasts, transforms
 from fastkit._dispatch import Impl, Kernels, choose, covered
 from fastkit.ops._checks import FLOATING, HALF, check_tensors, shape
 from fastkit.ops.iir_scan_autograd import ONE_CHUNK, Call, scan, series, step
@@ -312,11 +312,9 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 
 def _raised(x: Tensor, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Under autocast, coefficients in float32 where they have half precision."""
-    if a.dtype in HALF or (b is not None and b.dtype in HALF):
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            a = a.float() if a.dtype in HALF else a
-            b = b.float() if b is not None and b.dtype in HALF else b
+    if (a.dtype in HALF or (b is not None and b.dtype in HALF)) and autocasts(x):
+        a = a.float() if a.dtype in HALF else a
+        b = b.float() if b is not None and b.dtype in HALF else b
     return a, b
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._autograd import transforms
+from fastkit._autograd import autocasts, transforms, without_autocast
 from fastkit._dispatch import Impl, Kernels, choose
 from fastkit.ops._checks import FLOATING, HALF, check_tensors
 from fastkit.ops.lora_linear_autograd import lora
@@ -190,8 +189,7 @@ def _of_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, lora_x: Tensor | None,
     mask: Tensor | None, scale: float,
 ) -> LinearWithStats:  # fmt: skip
-    # What is to be cast has been; where there is no autocast it cannot be disabled.
-    with torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext():
+    with without_autocast(x):
         return reference.lora_linear_with_stats(
             x, weight, bias, lora_a, lora_b, scale, mask=mask, lora_x=lora_x
         )
@@ -199,15 +197,10 @@ def _of_reference(
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, x, weight, bias and lora_x in its dtype, A and B in float32; float64 stays."""
-    if not _is_autocast(x):
+    if not autocasts(x):
         return x, *others
     dtypes = (*[torch.get_autocast_dtype(x.device.type)] * 4, torch.float32, torch.float32)
     return tuple(
         t if t is None or t.dtype not in (torch.float32, *HALF) else t.to(dtype)
         for t, dtype in zip((x, *others), dtypes, strict=True)
     )
-
-
-def _is_autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastkit import _native
-from fastkit._autograd import Function, differentiates
+from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit.ops import lora_linear_triton
 from fastkit.ops._checks import arithmetic
 
@@ -83,6 +83,10 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the sums of squares, and h, which the backward takes."""
     y = x.new_zeros((x.shape[0], b.shape[0])) if weight is None else linear(x, weight, bias)
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        y = (
+            y.clone()
+        )  # selective checkpointing keeps what linear gave, and takes it again: not to be added to
     forward_ = lora_linear_triton.forward_ if triton else _fwd_
     h, square_sum = forward_(y, x, lora_x, a, mask, b, scale, needs_square_sum)
     return y, square_sum, h
@@ -127,7 +131,15 @@ def _run_backward(
     gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
     mask: Tensor | None, h: Tensor, scale: float, needs: Needs, triton: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients; what is not needed is empty."""
+    """The gradients; what is not needed is empty. In the dtypes of the forward, whatever is on by now."""
+    with without_autocast(gy):
+        return _run_backward_as_given(gy, x, weight, a, b, lora_x, mask, h, scale, needs, triton)
+
+
+def _run_backward_as_given(
+    gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
+    mask: Tensor | None, h: Tensor, scale: float, needs: Needs, triton: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     none = gy.new_empty(0)
     gx = none
     if needs.x and weight is not None:
@@ -136,10 +148,10 @@ def _run_backward(
         gx = x.new_empty(x.shape) if lora_x is None else x.new_zeros(x.shape)
     gw = gy.T @ x if needs.weight else none
     glx = lora_x.new_empty(lora_x.shape) if lora_x is not None and needs.lora_x else none
-    target = glx if lora_x is not None else gx
+    target, wanted = (gx, needs.x) if lora_x is None else (glx, needs.lora_x)
     backward_ = lora_linear_triton.backward_ if triton else _bwd_
     ga, gb, gbias = backward_(
-        target if target.numel() else None, gy, x if lora_x is None else lora_x, h, a, mask, b, scale,
+        target if wanted else None, gy, x if lora_x is None else lora_x, h, a, mask, b, scale,
         lora_x is None and weight is not None, needs.a or needs.b, needs.bias,
     )  # fmt: skip
     return gx, gw, gbias, ga.to(a.dtype), gb.to(b.dtype), glx
@@ -162,14 +174,16 @@ class _LoRALinearBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        gy, x, weight, a, b, lora_x, mask, _, ctx.scale, _, _ = inputs
+        gy, x, weight, a, b, lora_x, mask, _, ctx.scale, ctx.needs, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, weight, a, b, lora_x, mask)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         gy, x, weight, a, b, lora_x, mask = ctx.saved_tensors
-        vx, vw, vbias, va, vb, vlx = (v if v is not None and v.numel() else None for v in grad_outputs)
+        needs = ctx.needs
+        wanted = (needs.x, needs.weight, needs.bias, needs.a or needs.b, needs.a or needs.b, needs.lora_x)
+        vx, vw, vbias, va, vb, vlx = (v if w else None for v, w in zip(grad_outputs, wanted, strict=True))
         xl, vl = (x, vx) if lora_x is None else (lora_x, vlx)
         dtype = arithmetic(x)
         gy_, xl_, b_, kept = (

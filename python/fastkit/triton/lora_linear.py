@@ -189,7 +189,7 @@ def lora_linear_sum(
 ):  # fmt: skip
     # out (count) = scale times the sum over the first axis of parts (pieces, count); zero where mask, which
     # has rows of `columns`, is false.
-    i, inside = _places(tl.program_id(0) * BLOCK, count, BLOCK)
+    i, inside = _places(tl.program_id(0).to(tl.int64) * BLOCK, count, BLOCK)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for begin in range(0, pieces, ROWS):
         piece, there = _places(begin, pieces, ROWS)

@@ -57,9 +57,9 @@ class _Pruning:
         }
 
     def call(self, form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Call:
-        """On a copy of A of its own: what is pruned already is pruned again."""
+        """On a fresh copy of A: in one that is pruned already the threshold is found at once."""
         x, a = self.inputs
-        return partial(form, x, a.clone())
+        return lambda: form(x, a.clone())
 
     def error(self, result: Any) -> float:
         """Of the norms; infinite if other entries are kept than by these norms."""
