@@ -82,8 +82,11 @@ def column_norms(
     chosen = choose("column_norms", impl, x, NORM_KERNELS)
     if chosen == "reference" or transforms():
         return reference.column_norms(x)
+    # Of a short call each op of PyTorch's is a good part: none that does nothing.
+    rows = x.detach() if x.requires_grad else x
+    rows = rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
     square_sums = lora_linear_triton.column_square_sums if chosen == "triton" else _column_square_sums
-    return square_sums(x.detach().reshape(-1, x.shape[-1])).sqrt_()
+    return square_sums(rows).sqrt_()
 
 
 def prune_rows_(
