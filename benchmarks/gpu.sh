@@ -189,7 +189,8 @@ fi
 
 # --- tests -------------------------------------------------------------------------------------------------------
 
-pytest=("$python" -m pytest -q -rfEs -p no:cacheprovider)
+# pytest-benchmark warns, which is an error here, where xdist runs tests side by side.
+pytest=("$python" -m pytest -q -rfEs -p no:cacheprovider -p no:benchmark)
 have() { "$python" -c "import $1" 2>/dev/null; }
 count() { grep -c -E "$1" "$scratch/$2"; }
 

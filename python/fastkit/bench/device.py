@@ -24,6 +24,10 @@ class Measured(NamedTuple):
 
 
 class Device(Protocol):
+    def warm_up(self, call: Call) -> None:
+        """What only the first call of a process does, which no other is like."""
+        ...
+
     def seconds(self, call: Call) -> float:
         """Of one call; what frees its result is not the call's work."""
         ...
@@ -48,6 +52,9 @@ class Device(Protocol):
 
 
 class Cpu:
+    def warm_up(self, call: Call) -> None:
+        pass  # a first call is as slow as some fresh pages make it
+
     def seconds(self, call: Call) -> float:
         start = time.perf_counter()
         result = call()
@@ -87,6 +94,10 @@ class Gpu:
     as far as the device waits for it after that. A call that the host takes longer to launch than the device
     to do is slower for users than it is here, by up to the time of a flush.
     """
+
+    def warm_up(self, call: Call) -> None:
+        call()  # loads kernels, and compiles those of Triton
+        torch.cuda.synchronize()
 
     def seconds(self, call: Call) -> float:
         self._flushed.sum()  # reads: what is in the L2 then need not be written back during the call

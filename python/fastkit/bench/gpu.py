@@ -1,4 +1,4 @@
-"""``python -m fastkit.bench.gpu``: every op that has GPU kernels, beside PyTorch forms of the same work."""
+"""``python -m fastkit.bench.gpu [STEM ...]``: ops that have GPU kernels, beside PyTorch forms of the work."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ _SETTINGS = Settings(rounds=40, short=0.0, seconds=2.0, longest_call=2.0, longes
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints tables and writes gpu.csv, as it goes; returns 1 if one of our own kernels is wrong."""
     parser = argparse.ArgumentParser(prog="python -m fastkit.bench.gpu", description=__doc__)
+    parser.add_argument(
+        "stems", nargs="*", metavar="STEM", help=f"of {', '.join(cases.stems())}; default: all"
+    )
     parser.add_argument("--out", type=Path, default=Path("fastkit-gpu"), help="folder for gpu.csv")
-    out: Path = parser.parse_args(argv).out
+    options = parser.parse_args(argv)
+    if unknown := set(options.stems) - set(cases.stems()):
+        parser.error(f"STEM must be one of {', '.join(cases.stems())}, got {', '.join(sorted(unknown))}")
+    out: Path = options.out
     if not torch.cuda.is_available():
         print("not run: no CUDA device")
         return 0
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(info.describe(info.report()))
     rows: list[Row] = []
     with ended_in_order():
-        for case in (case for stem in cases.stems() for case in cases.of(stem).gpu_cases()):
+        for case in (case for stem in options.stems or cases.stems() for case in cases.of(stem).gpu_cases()):
             for (of_case,) in run([case], _SETTINGS):  # alone: copies of other sizes have other rates
                 print(f"\n{report.table(of_case)}", flush=True)
                 rows += of_case

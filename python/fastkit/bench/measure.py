@@ -77,6 +77,7 @@ def _check(contest: Contest, label: str, device: Device, clone: Call) -> Check:
     call = contest.makers[label]()
     build_s = time.perf_counter() - start
     clone_s = device.measured(clone).seconds
+    device.warm_up(call)
     call_s, extra_bytes, result = device.measured(call)
     error = contest.error(result)
     del result
@@ -108,6 +109,7 @@ def _rounds(case: Case, checks: Mapping[str, Check], settings: Settings, device:
     calls = {label: contest.makers[ours if label == AGAIN else label]() for label in checks}
     call_s = {label: check.call_s for label, check in checks.items()}
     for label, seconds in call_s.items():
+        device.warm_up(calls[label])
         if seconds < settings.seconds / 2:  # warms up, and may show fewer seconds, without fresh pages
             call_s[label] = min(seconds, device.seconds(calls[label]))
     planned = {label: rounds_of(case, seconds, settings) for label, seconds in call_s.items()}
