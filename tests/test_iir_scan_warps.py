@@ -31,8 +31,8 @@ def bank(coefficients, axis=3):
     )
 
 
-def run(warps, x, a, b, gy, state, gend, *, chunk, carry=True, cu_seqlens=None):
-    """Results and gradients by name, as of ``expected_results``."""
+def run(warps, x, a, b, gy, state, gend, *, chunk, carry=True, cu_seqlens=None, of_x_state=True):
+    """Results and gradients by name, as of ``expected_results``; ``of_x_state``: x's state has some too."""
     name = str(x.dtype).removeprefix("torch.")
     batch = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     filters, rows = bank(a).shape[3], (batch, x.shape[1])
@@ -53,10 +53,13 @@ def run(warps, x, a, b, gy, state, gend, *, chunk, carry=True, cu_seqlens=None):
     )
     backward = getattr(host, f"iir_scan_warps_backward_{name}")
     backward(
-        warps, array(gy), of_y[1], array(gend.x), array(x), array(y) if filters == 1 else None, *coefficients,
-        of_y[0], array(state.x), *rest, array(gx), array(ga), array(gb), array(gstate_y), array(gstate_x),
+        warps, array(gy), of_y[1], array(gend.x) if of_x_state else None, array(x),
+        array(y) if filters == 1 else None, *coefficients, of_y[0], array(state.x), *rest, array(gx),
+        array(ga), array(gb), array(gstate_y), array(gstate_x) if of_x_state else None,
     )  # fmt: skip
-    results = {"y": y, "end_x": end_x, "gx": gx, "gstate_x": gstate_x}
+    results = {"y": y, "end_x": end_x, "gx": gx}
+    if of_x_state:
+        results["gstate_x"] = gstate_x
     results |= {"end_y": end_y.view(state.y.shape), "gstate_y": gstate_y.view(state.y.shape)}
     results["ga"] = ga.view(*per_chunk[:3], *a.shape[3:-1], 2).sum_to_size(a.shape)
     if b is not None:
@@ -69,6 +72,8 @@ def check(warps, x, a, b, gy, layout, **options):
     cu_seqlens = options.get("cu_seqlens")
     state, gend = make_state(x, a, cu_seqlens), make_state(x, a, cu_seqlens, seed=2)
     results = run(warps, x, a, b, gy, state, gend, **options)
+    if not options.pop("of_x_state", True):
+        gend = IIRState(gend.y, torch.zeros_like(gend.x))
     expected = expected_results(x, a, b, gy, state, gend, **options)
     for name, result in results.items():
         assert_matches_reference(result, *expected[name], name=name)
@@ -92,6 +97,23 @@ def test_matches_the_reference(size, carry, layout):
         check(warps, x, a, b, gy, layout, chunk=size.chunk, carry=carry)
     x, a, _, gy = make_inputs(Size(*size[:2], min(size.T, 280), size.chunk), dtype=torch.float64)
     check(FEW, x, a, None, gy, layout, chunk=size.chunk, carry=carry)
+
+
+# Runs that fit chunks and memory, several tiles of them; the last run may be short.
+TILES = [
+    ("time", Size(2, 2, 1104, None)), ("time", Size(1, 2, 1096, 48)), ("time", Size(1, 1, 1040, 640)),
+    ("time", Size(1, 2, 8, 16)), ("channels", Size(1, 10, 1040, None)), ("channels", Size(2, 18, 70, 16)),
+    ("channels", Size(1, 4, 1090, 640)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "size"), TILES, ids=str)
+def test_backward_in_one_pass(size, layout, dtype, carry):
+    x, a, b, gy = make_inputs(size, dtype=dtype)
+    for numerator in (b, None):
+        check(FULL, x, a, numerator, gy, layout, chunk=size.chunk, carry=carry, of_x_state=False)
 
 
 @pytest.mark.parametrize("carry", [True, False])

@@ -34,7 +34,9 @@ TRITON_ARCHS = (80, 90, 100)
 # That it reads and writes for a float32 sample of a signal and a filter, or element of activations.
 BYTES: dict[str, str] = {
     "iir_scan_warps::Segments": "8; 4 if it composes maps",
-    "iir_scan_warps::Enter": "0; 36 a segment",
+    "iir_scan_warps::WalkTiles": "8; 4 if it composes maps",
+    "iir_scan_warps::BackwardTiles": "16; 40 a chunk",
+    "iir_scan_warps::Enter": "0; 64 a segment",
     "iir_scan_warps::EndOfX": "0; 16 a row",
     "iir_scan_warps::ReadOff": "16; 20 a piece of a chunk",
     "iir_scan_warps::Finish": "0; 40 a chunk",
@@ -56,7 +58,7 @@ STACKS: dict[str, str] = {}
 
 
 class Kernel(NamedTuple):
-    name: str  # run_warps<Segments<float, true> > is Segments<float, true>
+    name: str  # run_teams<Segments<float, true> > is Segments<float, true>
     arch: str
     registers: int
     stack: int
@@ -105,7 +107,7 @@ def kernels_of(usage: str, arch: str = "") -> Iterator[Kernel]:
 
 
 def plain_name(signature: str) -> str:
-    """``void fastkit::f<fastkit::Half, 4>(int)`` is ``f<Half, 4>``, and a run_warps is what it runs."""
+    """``void fastkit::f<fastkit::Half, 4>(int)`` is ``f<Half, 4>``, and a run_teams is what it runs."""
     name = re.sub(r"\(anonymous namespace\)::|\bfastkit::|^void ", "", signature)
     end = depth = 0
     for end, character in enumerate(name):
@@ -113,7 +115,7 @@ def plain_name(signature: str) -> str:
         if character == "(" and depth == 0:
             name = name[:end]
             break
-    if match := re.fullmatch(r"run_warps<(.*\S)\s*>", name):
+    if match := re.fullmatch(r"run_teams<(.*\S)\s*>", name):
         name = match[1]
     return name.replace("> >", ">>")
 
@@ -235,7 +237,7 @@ arch = sm_80
 Resource usage:
  Common:
   GLOBAL:0
- Function void fastkit::run_warps<fastkit::s::Walk<fastkit::Half, true> >(fastkit::s::Walk<float>, long):
+ Function void fastkit::run_teams<fastkit::s::Walk<fastkit::Half, true> >(fastkit::s::Walk<float>, long):
   REG:72 STACK:16 SHARED:128 LOCAL:8 CONSTANT[2]:8 CONSTANT[0]:720 TEXTURE:0 SURFACE:0 SAMPLER:0
 
 Fatbin elf code:

@@ -1,7 +1,7 @@
 // iir_scan on the GPU: launches the warps of fastkit/iir_scan_warps*.h, where the algorithm is.
 #include "common/launch.cuh"
 #include "fastkit/iir_scan_cuda.h"
-#include "fastkit/iir_scan_warps_gradients.h"
+#include "fastkit/iir_scan_warps_calls.h"
 #include "fastkit/iir_scan_warps_packed.h"
 
 namespace fastkit {

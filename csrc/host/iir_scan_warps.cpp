@@ -1,5 +1,5 @@
 // The GPU's iir_scan on the host, for tests: the same functors, a warp that is a loop (host/warp.h).
-#include "fastkit/iir_scan_warps_gradients.h"
+#include "fastkit/iir_scan_warps_calls.h"
 #include "fastkit/iir_scan_warps_packed.h"
 
 #include <pybind11/numpy.h>

@@ -1,6 +1,7 @@
-// A warp on the host: its lanes take turns, a phase of all of them after the other.
+// A team of warps on the host: its threads take turns, a phase of all of them after the other.
 #pragma once
 
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -8,26 +9,53 @@
 
 namespace fastkit {
 
-struct HostWarp {
+template <int kWarps>
+struct HostTeam {
+  static constexpr int kThreads = kWarps * kWarpLanes;
+
   template <class V>
   struct PerLane {
-    V value[kWarpLanes];
-    V& operator[](int lane) { return value[lane]; }
+    V value[kThreads];
+    V& operator[](int thread) { return value[thread]; }
   };
 
   template <class Phase>
   void each(Phase&& phase) const {
-    for (int lane = 0; lane < kWarpLanes; ++lane) phase(lane);
+    for (int thread = 0; thread < kThreads; ++thread) phase(thread);
   }
   void sync() const {}
 
   template <class V>
   PerLane<V> up(const PerLane<V>& v, int distance) const {
+    return gather(v, [&](int lane) { return lane < distance ? lane : lane - distance; });
+  }
+  template <class V>
+  PerLane<V> turned(const PerLane<V>& v) const {
+    return gather(v, [](int lane) { return lane == 0 ? kWarpLanes - 1 : lane - 1; });
+  }
+  template <class V>
+  PerLane<V> lane(const PerLane<V>& v, int which) const {
+    return gather(v, [&](int) { return which; });
+  }
+
+  template <int kBytes>
+  void copy(void* to, const void* from) const {
+    memcpy(to, from, kBytes);
+  }
+  void commit() const {}
+  template <int kGroups>
+  void wait() const {}
+
+ private:
+  template <class V, class From>
+  PerLane<V> gather(const PerLane<V>& v, From&& from) const {
     PerLane<V> result = v;
-    for (int lane = distance; lane < kWarpLanes; ++lane) result.value[lane] = v.value[lane - distance];
+    for (int i = 0; i < kThreads; ++i) result.value[i] = v.value[i - i % kWarpLanes + from(i % kWarpLanes)];
     return result;
   }
 };
+
+using HostWarp = HostTeam<1>;
 
 // Takes what common/launch.cuh's CudaStream takes, a unit after the other.
 class HostStream {
@@ -43,10 +71,11 @@ class HostStream {
 
   template <class Body>
   void run(const Body& body, int64_t units) {
+    auto room = std::make_unique<typename Body::Room>();
     for (int64_t unit = 0; unit < units; ++unit) {
-      typename Body::Room room;
-      HostWarp warp;
-      body(warp, unit, room);
+      memset(static_cast<void*>(room.get()), 0xff, sizeof(*room));  // NaN: what nobody has written is not to be read
+      HostTeam<Body::kWarps> team;
+      body(team, unit, *room);
     }
   }
 

@@ -29,6 +29,11 @@ class FakeGpu:
     def __init__(self):
         self.calls = []
         self.broken = False
+        self.warmed = 0
+
+    def warm_up(self, call):
+        call()
+        self.warmed += 1
 
     def seconds(self, call):
         result = call()
@@ -84,6 +89,9 @@ def test_the_device_of_a_case_times_it_and_copies_for_it(fake_gpu):
 
     plan = harness.plan(CASE, checks, settings)
     (timed,) = measure.rounds([(CASE, plan)], settings)
+    assert (
+        fake_gpu.warmed == 2 + 3
+    )  # to check: all but the broken; to time: ours, ours again and the slow one
     assert fake_gpu.calls[0] == f"touch {5 << 20}"
     assert timed.copy_gb_s == pytest.approx([1000] * 6)  # of the floor's bytes
     assert timed.call_s == {"ours": [0.002] * 6, AGAIN: [0.002] * 6, "slow": [0.1] * 3}

@@ -7,10 +7,10 @@
 //            a scan over the lanes gives what enters each run, and the run is walked again from there. Where channels
 //            have stride 1 a lane has a row of its own, and walks. Rows enough to fill the GPU are one segment each.
 //            Otherwise Segments reduces each segment to its map, Enter follows the maps of a row, and then Segments
-//            walks them all.
+//            walks them all. Where runs fit chunks and memory, iir_scan_warps_tiles.h does all this faster.
 // Bytes      per fp32 sample: reads x, writes y (8), and reads x once more for each filter where rows are cut. Per
 //            chunk the coefficients.
-// Numerics   y = (u - a2 y2) - a1 y1; maps in the type of arithmetic, from segment to segment in double. No atomics:
+// Numerics   y = (u - a2 y2) - a1 y1; maps in double. No atomics:
 //            the same call gives the same bits. Of an unstable filter, whose powers overflow within a tile or
 //            segment, NaN may come earlier than the plain recursion has it.
 // Backward   the same walk from the end gives l; what is read off it then is in iir_scan_warps_gradients.h.
@@ -42,27 +42,37 @@ FASTKIT_DEVICE T step(Two<T>& s, T in, T a1, T a2) {
   }
 }
 
-// s -> s.v1 first + s.v2 second + rest; where it forgets, s is not looked at: it may be NaN.
-template <class T>
-struct Map {
-  Two<T> first{1, 0}, second{0, 1}, rest{0, 0};
-  uint32_t forgets = 0;
+// s -> s.v1 first + s.v2 second + rest. In double: a map over hundreds of samples is a product of as many, which float
+// would leave with four digits.
+struct Affine {
+  Two<double> first{1, 0}, second{0, 1}, rest{0, 0};
 
-  template <class U>
-  FASTKIT_DEVICE Two<U> linear(Two<U> s) const {
+  FASTKIT_DEVICE Two<double> linear(Two<double> s) const {
     return {first.v1 * s.v1 + second.v1 * s.v2, first.v2 * s.v1 + second.v2 * s.v2};
   }
-  template <class U>
-  FASTKIT_DEVICE Two<U> operator()(Two<U> s) const {
-    if (forgets) return {rest.v1, rest.v2};
-    const Two<U> image = linear(s);
-    return {image.v1 + rest.v1, image.v2 + rest.v2};
+  FASTKIT_DEVICE Two<double> operator()(Two<double> s) const {
+    return {first.v1 * s.v1 + (second.v1 * s.v2 + rest.v1), first.v2 * s.v1 + (second.v2 * s.v2 + rest.v2)};
   }
-  FASTKIT_DEVICE Map after(const Map& before) const {
-    if (forgets) return *this;
-    return {linear(before.first), linear(before.second), (*this)(before.rest), before.forgets};
+  FASTKIT_DEVICE Affine after(const Affine& before) const {
+    return {linear(before.first), linear(before.second), (*this)(before.rest)};
   }
 };
+
+// Where it forgets, s is not looked at: it may be NaN.
+struct Map : Affine {
+  uint32_t forgets = 0;
+
+  FASTKIT_DEVICE Two<double> operator()(Two<double> s) const { return forgets ? rest : Affine::operator()(s); }
+  FASTKIT_DEVICE Map after(const Map& before) const {
+    if (forgets) return *this;
+    return {Affine::after(before), before.forgets};
+  }
+};
+
+template <class T>
+FASTKIT_DEVICE Two<T> narrowed(Two<double> s) {
+  return {static_cast<T>(s.v1), static_cast<T>(s.v2)};
+}
 
 // A call as the warps see it. Element types of its signals: E; l and everything else: T.
 template <class E, bool kReverse>
@@ -76,11 +86,27 @@ struct Walk {
   int64_t first_filter = 0, all_filters = 1;  // p.filters of them, from first_filter on
   int64_t segments = 1, length = 0;           // of a row; samples of a segment
   T* states = nullptr;     // what enters a segment, pairs by (filter, segment, row); what leaves it, once it is walked
-  Map<T>* maps = nullptr;  // of each segment; null: history never crosses from one to the next
+  Map* maps = nullptr;  // of each segment; null: history never crosses from one to the next
 
   FASTKIT_DEVICE int64_t rows() const { return p.batch * p.channels; }
   FASTKIT_DEVICE int64_t place(int64_t filter, int64_t segment, int64_t row) const {
     return (filter * segments + segment) * rows() + row;
+  }
+  // The state before the first segment.
+  FASTKIT_DEVICE Two<double> before_all(int64_t filter, int64_t row) const {
+    if (initial == nullptr) return {};
+    const T* from = initial + 2 * (row * all_filters + first_filter + filter);
+    return {from[0], from[1]};
+  }
+  FASTKIT_DEVICE Two<double> entering(int64_t segment, int64_t row) const {  // of the only filter
+    if (states == nullptr) return before_all(0, row);
+    const T* from = states + 2 * place(0, segment, row);
+    return {from[0], from[1]};
+  }
+  FASTKIT_DEVICE void leave_all(int64_t row, Two<T> s) const {
+    if (final == nullptr) return;
+    T* to = final + 2 * (row * all_filters + first_filter);
+    to[0] = s.v1, to[1] = s.v2;
   }
   // Groups of rows that one warp walks.
   static FASTKIT_ALWAYS_INLINE int64_t groups(const IirScan<E>& p) {
@@ -168,6 +194,7 @@ struct Segments {
   static constexpr int R = kRun<T>;
   Walk<E, kReverse> w;
 
+  static constexpr int kWarps = 1;
   // A tile: R samples of every lane, a lane's apart from the next one's by one more, for the sake of memory banks.
   struct Room {
     T in[kWarpLanes * (R + 1)], out[kWarpLanes * (R + 1)];
@@ -230,12 +257,13 @@ struct Segments {
     const T y = step<kReverse>(s, in, taps.a1, taps.a2);
     *out = filter == 0 ? y : *out + y;
   }
-  static FASTKIT_DEVICE void one(Map<T>& m, T in, const Taps<E>& taps, T*, int64_t) {
-    step<kReverse>(m.first, T{0}, taps.a1, taps.a2), step<kReverse>(m.second, T{0}, taps.a1, taps.a2);
-    step<kReverse>(m.rest, in, taps.a1, taps.a2);
+  static FASTKIT_DEVICE void one(Map& m, T in, const Taps<E>& taps, T*, int64_t) {
+    const double a1 = taps.a1, a2 = taps.a2;
+    step<kReverse>(m.first, 0.0, a1, a2), step<kReverse>(m.second, 0.0, a1, a2);
+    step<kReverse>(m.rest, static_cast<double>(in), a1, a2);
   }
   static FASTKIT_DEVICE void forget(Two<T>& s) { s = {}; }
-  static FASTKIT_DEVICE void forget(Map<T>& m) { m = {{}, {}, {}, 1}; }
+  static FASTKIT_DEVICE void forget(Map& m) { m = {{{}, {}, {}}, 1}; }
 
   FASTKIT_DEVICE Two<T> entering(int64_t filter, int64_t segment, int64_t row) const {
     const T* at = w.states + 2 * w.place(filter, segment, row);
@@ -256,7 +284,7 @@ struct Segments {
     bounds(row, segment, begin, end);
     const E* const in = row.first(w.in);
     auto* const out = row.first(w.out);
-    typename Warp::template PerLane<Map<T>> total{};
+    typename Warp::template PerLane<Map> total{};
     for (int tile = begin; tile < end; tile += kWarpLanes * R) {
       const auto samples = [&](int lane) { return end - tile - lane * R < R ? end - tile - lane * R : R; };
       const auto whole_tile = [&](auto&& move) {  // neighbouring lanes move neighbouring samples
@@ -271,12 +299,12 @@ FASTKIT_UNROLL
       };
       whole_tile([&](int t, int q) { room.in[q] = widen_element<E>(in[t * w.in.time]); });
       for (int64_t f = filter; f < (kMaps ? filter + 1 : w.p.filters); ++f) {
-        typename Warp::template PerLane<Map<T>> map{};
+        typename Warp::template PerLane<Map> map{};
         warp.each([&](int lane) {
           const int first = lane * (R + 1);
           run(row, f, tile + lane * R, samples(lane), room.in + first, map[lane], room.out + first);
         });
-        scan(warp, map, [](const Map<T>& upper, const Map<T>& lower) { return upper.after(lower); });
+        scan(warp, map, [](const Map& upper, const Map& lower) { return upper.after(lower); });
         if constexpr (kMaps) {  // the last lane's is the tile's
           warp.each([&](int lane) { total[lane] = map[lane].after(total[lane]); });
           warp.sync();
@@ -286,7 +314,7 @@ FASTKIT_UNROLL
           warp.each([&](int lane) {
             const int first = lane * (R + 1);
             Two<T> s = entering(f, segment, index);
-            if (lane > 0) s = lower[lane](s);
+            if (lane > 0) s = narrowed<T>(lower[lane]({s.v1, s.v2}));
             run(row, f, tile + lane * R, samples(lane), room.in + first, s, room.out + first);
             leaves[lane] = s;
           });
@@ -318,7 +346,7 @@ FASTKIT_UNROLL
       const E* const in = row.first(w.in);
       auto* const out = row.first(w.out);
       T *const from = room.in + lane * (R + 1), *const to = room.out + lane * (R + 1);
-      Map<T> total;
+      Map total;
       for (int at = begin; at < end; at += R) {
         const int n = end - at < R ? end - at : R;
 FASTKIT_UNROLL
@@ -364,37 +392,42 @@ FASTKIT_UNROLL
   }
 };
 
-// What enters each segment, from the initial state on: a row and filter to each lane.
+// What enters each segment of a row, from the initial state on: a warp for a row and filter, 32 segments at a time.
 template <class E, bool kReverse>
 struct Enter {
   using T = Arithmetic<E>;
   Walk<E, kReverse> w;
+  static constexpr int kWarps = 1;
   struct Room {};
 
-  static int64_t units(const Walk<E, kReverse>& w) {
-    return (w.p.batch * w.p.channels * w.p.filters + kWarpLanes - 1) / kWarpLanes;
-  }
+  static int64_t units(const Walk<E, kReverse>& w) { return w.p.batch * w.p.channels * w.p.filters; }
 
   template <class Warp>
   FASTKIT_DEVICE void operator()(Warp& warp, int64_t unit, Room&) const {
-    warp.each([&](int lane) {
-      const int64_t which = unit * kWarpLanes + lane, row = which % w.rows(), f = which / w.rows();
-      if (f >= w.p.filters) return;
-      Two<double> s;
-      if (w.initial != nullptr) {
-        const T* from = w.initial + 2 * (row * w.all_filters + w.first_filter + f);
-        s = {from[0], from[1]};
-      }
-      for (int64_t segment = 0; segment < w.segments; ++segment) {
-        T* to = w.states + 2 * w.place(f, segment, row);
-        to[0] = static_cast<T>(s.v1), to[1] = static_cast<T>(s.v2);
+    const int64_t row = unit % w.rows(), f = unit / w.rows();
+    typename Warp::template PerLane<Two<double>> state;
+    warp.each([&](int lane) { state[lane] = w.before_all(f, row); });
+    for (int64_t from = 0; from < w.segments; from += kWarpLanes) {
+      typename Warp::template PerLane<Map> map;
+      warp.each([&](int lane) {
+        map[lane] = Map{};
         if (w.maps == nullptr) {
-          s = {};
-        } else {
-          s = w.maps[w.place(f, segment, row)](s);
+          map[lane].forgets = 1;
+        } else if (from + lane < w.segments) {
+          map[lane] = w.maps[w.place(f, from + lane, row)];
         }
-      }
-    });
+      });
+      scan(warp, map, [](const Map& upper, const Map& lower) { return upper.after(lower); });
+      auto lower = warp.up(map, 1), last = warp.lane(map, kWarpLanes - 1);
+      warp.each([&](int lane) {
+        if (from + lane < w.segments) {
+          const Two<T> s = narrowed<T>(lane == 0 ? state[lane] : lower[lane](state[lane]));
+          T* to = w.states + 2 * w.place(f, from + lane, row);
+          to[0] = s.v1, to[1] = s.v2;
+        }
+        state[lane] = last[lane](state[lane]);
+      });
+    }
   }
 };
 
@@ -404,6 +437,7 @@ struct EndOfX {
   using T = Arithmetic<E>;
   IirScan<E> p;
   T* end_x;
+  static constexpr int kWarps = 1;
   struct Room {};
 
   static int64_t units(const IirScan<E>& p) { return (p.batch * p.channels + kWarpLanes - 1) / kWarpLanes; }
@@ -424,46 +458,5 @@ struct EndOfX {
     });
   }
 };
-
-// --- calls -----------------------------------------------------------------------------------------------------
-//
-// Stream: run(body, units), T* allocate<T>(count), warps(): how many fill the GPU.
-
-// Into how many segments the rows of a walk are cut. That reads x twice: not where there are a quarter of the warps that
-// fill the GPU, which have loads enough under way (predicted, as all that is said of its speed).
-template <class E, bool kReverse, class Stream>
-void cut(Walk<E, kReverse>& w, Stream& stream) {
-  const IirScan<E>& p = w.p;
-  const int64_t groups = w.groups(p), time = p.time > 0 ? p.time : 1, wanted = stream.warps();
-  const int64_t tile = (p.channels_last ? 4 : kWarpLanes) * kRun<Arithmetic<E>>;
-  w.segments = 1, w.length = time;
-  if (groups > 0 && groups < wanted / 4 && time > tile) {
-    w.segments = wanted / groups + 1 < kSegments ? wanted / groups + 1 : kSegments;
-    w.length = ((time + w.segments - 1) / w.segments + tile - 1) / tile * tile;
-    if (!p.carry && p.chunk <= w.length) w.length = (w.length + p.chunk - 1) / p.chunk * p.chunk;
-    w.segments = (time + w.length - 1) / w.length;
-  }
-  const bool whole_chunks = !kReverse || (p.offsets == nullptr && time % p.chunk == 0);
-  const bool apart = !p.carry && w.length % p.chunk == 0 && whole_chunks;
-  const int64_t count = p.filters * w.segments * p.batch * p.channels;
-  w.states = stream.template allocate<Arithmetic<E>>(2 * count);
-  if (w.segments > 1 && !apart) w.maps = stream.template allocate<Map<Arithmetic<E>>>(count);
-}
-
-template <class E, bool kReverse, class Stream>
-void walk(Walk<E, kReverse> w, Stream& stream) {
-  cut(w, stream);
-  using Reduce = Segments<E, kReverse, true>;
-  using Apply = Segments<E, kReverse, false>;
-  if (w.maps != nullptr) stream.run(Reduce{w}, Reduce::units(w));
-  stream.run(Enter<E, kReverse>{w}, Enter<E, kReverse>::units(w));
-  stream.run(Apply{w}, Apply::units(w));
-}
-
-template <class E, class Stream>
-void forward(const IirScanForward<E>& p, Stream& stream) {
-  walk<E, false>({p, p.x, p.y, p.state_y, p.end_y, 0, p.filters}, stream);
-  if (p.end_x != nullptr) stream.run(EndOfX<E>{p, p.end_x}, EndOfX<E>::units(p));
-}
 
 }  // namespace fastkit::iir_scan_warps

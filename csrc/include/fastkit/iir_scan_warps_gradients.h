@@ -27,6 +27,7 @@ struct ReadOff {
   int64_t filter = 0, pieces = 1;
   bool adds = false;           // to gx, what filters before this one have left there
   T* sums = nullptr;           // (piece, row, chunk, 5): -l y1, -l y2, l x0, l x1, l x2; null: not wanted
+  static constexpr int kWarps = 1;
   struct Room {};
 
   // Chunks shorter than a warp: of one row where time has stride 1, a chunk to each lane.
@@ -164,6 +165,7 @@ struct Finish {
   IirScanBackward<E> p;
   const T* sums;
   int64_t filter, pieces;
+  static constexpr int kWarps = 1;
   struct Room {};
 
   static int64_t count(const IirScan<E>& p) { return ReadOff<E>::rows(p) * p.chunks; }
@@ -193,6 +195,7 @@ struct StateOfX {
   IirScanBackward<E> p;
   Signal<const T> l;
   int64_t filter;
+  static constexpr int kWarps = 1;
   struct Room {};
 
   static int64_t units(const IirScan<E>& p) { return EndOfX<E>::units(p); }
@@ -227,43 +230,5 @@ struct StateOfX {
     });
   }
 };
-
-// Memory for a signal in float arithmetic, laid out like the call's.
-template <class E, class Stream>
-Signal<Arithmetic<E>> like(const IirScan<E>& p, Stream& stream) {
-  const int64_t batch = p.offsets == nullptr ? p.batch : 1;
-  auto* data = stream.template allocate<Arithmetic<E>>(batch * p.channels * p.time);
-  const int64_t whole = p.offsets == nullptr ? p.channels * p.time : 0;
-  if (p.channels_last) return {data, whole, 1, p.channels};
-  return {data, whole, p.time, 1};
-}
-
-template <class E, class Stream>
-void backward(const IirScanBackward<E>& p, Stream& stream) {
-  using T = Arithmetic<E>;
-  IirScan<E> one = p;
-  one.filters = 1;
-  const Signal<T> l = like<E>(p, stream);
-  const Signal<const T> l_in{l.data, l.batch, l.channel, l.time};
-  ReadOff<E> read{p, l_in, p.y};
-  Signal<T> y{};
-  if constexpr (IsSame<E, T>) {
-    if (p.filters > 1) y = like<E>(p, stream), read.y = {y.data, y.batch, y.channel, y.time};
-  }
-  const int64_t longest = p.chunk < p.time ? p.chunk : p.time, of_piece = ReadOff<E>::piece_length(p);
-  read.pieces = longest > of_piece ? (longest + of_piece - 1) / of_piece : 1;
-  if (p.ga != nullptr) read.sums = stream.template allocate<T>(read.pieces * Finish<E>::count(p) * 5);
-  for (int64_t f = 0; f < p.filters; ++f) {
-    if constexpr (IsSame<E, T>) {
-      if (p.filters > 1 && p.ga != nullptr) walk<E, false>({one, p.x, y, p.state_y, nullptr, f, p.filters}, stream);
-    }
-    walk<E, true>({one, p.gy, l, p.gend_y, p.gstate_y, f, p.filters}, stream);
-    read.filter = f, read.adds = f > 0;
-    if (p.gx.data != nullptr || p.ga != nullptr) stream.run(read, ReadOff<E>::units(read));
-    const Finish<E> finish{p, read.sums, f, read.pieces};
-    if (p.ga != nullptr) stream.run(finish, Finish<E>::units(finish));
-    if (p.gstate_x != nullptr) stream.run(StateOfX<E>{p, l_in, f}, StateOfX<E>::units(p));
-  }
-}
 
 }  // namespace fastkit::iir_scan_warps

@@ -13,6 +13,7 @@ struct Unpack {
   int64_t sequences, total, chunk;
   bool one_chunk;                   // of every sequence, also of an empty one
   int64_t *offsets, *first_chunks;  // sequences + 1 each
+  static constexpr int kWarps = 1;
   struct Room {};
 
   template <class Warp>

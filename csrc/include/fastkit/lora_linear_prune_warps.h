@@ -25,6 +25,7 @@ struct PruneRows {
   using T = Arithmetic<E>;
   using S = Score<E>;
   static constexpr int kFew = 4096 / sizeof(S);
+  static constexpr int kWarps = 1;
   struct Room {
     S few[kFew];
     S bounds[2];
