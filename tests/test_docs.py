@@ -52,12 +52,15 @@ def spans(page: Path) -> list[str]:
 # Code
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
 @of_each_page
-def test_python_blocks_run(page):
-    """In order, in one namespace, without a warning. What they print is what comments say."""
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """In order, in one namespace and one folder, without a warning. What they print is what comments say."""
     code = blocks(page, "python")
-    if any("scipy" in block for _, block in code):
-        pytest.importorskip("scipy")
+    for library in ("scipy", "transformers", "peft"):
+        if any(library in block for _, block in code):
+            pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         for before, block in code:

@@ -9,15 +9,38 @@ import pytest
 pytestmark = pytest.mark.native
 
 
-@pytest.mark.parametrize("module", ["fastkit", "fastkit.ops", "fastkit.nn", "fastkit.info"])
-def test_import_brings_nothing_but_torch(run_script, module):
-    """No triton, no transformers, nothing that torch has not loaded, and not a word."""
-    before = "import json, sys, torch; before = set(sys.modules)"
+def brought(run_script, module, first="torch"):
+    """The libraries that importing the module brings in, beyond those of ``first``, and with not a word."""
+    before = f"import json, sys; import {first}; before = set(sys.modules)"
     after = "new = {name.split('.')[0] for name in set(sys.modules) - before}"
     done = run_script(f"{before}; import {module}; {after}; print(json.dumps(sorted(new)))")
     assert (done.returncode, done.stderr) == (0, "")
     [output] = done.stdout.splitlines()
-    assert set(json.loads(output)) - sys.stdlib_module_names - {"torch"} == {"fastkit"}
+    return set(json.loads(output)) - sys.stdlib_module_names - {"torch"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fastkit",
+        "fastkit.ops",
+        "fastkit.nn",
+        "fastkit.info",
+        "fastkit.methods.prilora",
+        "fastkit.methods.prilora.files",
+        "fastkit.integrations",
+    ],
+)
+def test_import_brings_nothing_but_torch(run_script, module):
+    """No triton, no transformers, no PEFT, nothing that torch has not loaded."""
+    assert brought(run_script, module) == {"fastkit"}
+
+
+def test_the_callback_brings_nothing_but_transformers(run_script):
+    """PEFT comes with that, where it is installed."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    assert brought(run_script, "fastkit.integrations.transformers", "transformers.trainer") == {"fastkit"}
 
 
 def test_import_does_not_touch_cuda(run_script):

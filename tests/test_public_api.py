@@ -9,13 +9,15 @@ import inspect
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
 
 from fastkit import info, nn, ops, reference
 from fastkit._dispatch import Impl
+from fastkit.methods import prilora
+from fastkit.methods.prilora import config as prilora_config
 from fastkit.nn.adaptive_iir import Parameterization
 
 pytestmark = pytest.mark.native
@@ -28,6 +30,18 @@ fastkit.info.available(
 Impl: reference, cpu, cuda, triton
 
 Parameterization: sigmoid, triangle, polar, l1, raw
+
+Rounding: nearest, floor, budget
+
+Scaling: lora, constant, rslora
+
+Mode: soft, hard, final
+
+Group: row, matrix
+
+Importance: input, magnitude, random
+
+ResetState: m, mv
 
 fastkit.nn.AdaptiveIIR(
     channels: int,
@@ -273,6 +287,152 @@ fastkit.reference.sosfilt(
     sos: Tensor,
 ) -> Tensor
 
+fastkit.methods.prilora.AttachedPRILoRA(
+    model: nn.Module,
+    config: PRILoRAConfig,
+    modules: Mapping[str, Any],
+    adapter: str,
+    lora: LoraConfig,
+    ranks: Mapping[str, int],
+    *,
+    automatic: bool = True,
+)
+
+properties of fastkit.methods.prilora.AttachedPRILoRA: automatic, counts, owners, steps
+
+fastkit.methods.prilora.AttachedPRILoRA.close(
+) -> None
+
+fastkit.methods.prilora.AttachedPRILoRA.finalize(
+) -> None
+
+fastkit.methods.prilora.AttachedPRILoRA.load_state_dict(
+    state: Mapping[str, Any],
+) -> None
+
+fastkit.methods.prilora.AttachedPRILoRA.parameters(
+) -> Iterator[nn.Parameter]
+
+fastkit.methods.prilora.AttachedPRILoRA.state_dict(
+) -> dict[str, Any]
+
+fastkit.methods.prilora.AttachedPRILoRA.step(
+    optimizer: Optimizer | None = None,
+) -> None
+
+fastkit.methods.prilora.AttachedPRILoRA.undo(
+) -> nn.Module
+
+fastkit.methods.prilora.PRILoRA(
+    model: nn.Module,
+    config: PRILoRAConfig,
+    ranks: Mapping[str, int],
+    modules_to_save: list[str],
+    *,
+    automatic: bool = True,
+)
+
+properties of fastkit.methods.prilora.PRILoRA: automatic, counts, owners, steps
+
+fastkit.methods.prilora.PRILoRA.close(
+) -> None
+
+fastkit.methods.prilora.PRILoRA.finalize(
+) -> None
+
+fastkit.methods.prilora.PRILoRA.load_state_dict(
+    state: Mapping[str, Any],
+) -> None
+
+fastkit.methods.prilora.PRILoRA.merge(
+    *,
+    reversible: bool = True,
+) -> PRILoRA
+
+fastkit.methods.prilora.PRILoRA.parameters(
+) -> Iterator[nn.Parameter]
+
+fastkit.methods.prilora.PRILoRA.save_pretrained(
+    folder: str | Path,
+    *,
+    uniform: bool = False,
+) -> None
+
+fastkit.methods.prilora.PRILoRA.state_dict(
+) -> dict[str, Any]
+
+fastkit.methods.prilora.PRILoRA.step(
+    optimizer: Optimizer | None = None,
+) -> None
+
+fastkit.methods.prilora.PRILoRA.undo(
+) -> nn.Module
+
+fastkit.methods.prilora.PRILoRA.unmerge(
+) -> PRILoRA
+
+fastkit.methods.prilora.PRILoRAConfig(
+    *,
+    rank_start: int = 4,
+    rank_final: int = 12,
+    rounding: Rounding = 'nearest',
+    alpha: float = 16.0,
+    scaling: Scaling = 'lora',
+    dropout: float = 0.0,
+    beta: float = 0.9,
+    target_modules: str | Sequence[str] | None = None,
+    ranks: Mapping[str, int] = <factory>,
+    modules_to_save: Sequence[str] | None = None,
+    ratio: float = 0.5,
+    interval: int = 40,
+    start: int | None = None,
+    stop: int | None = None,
+    mode: Mode = 'soft',
+    group: Group = 'row',
+    importance: Importance = 'input',
+    seed: int = 0,
+    reset_state: ResetState | None = None,
+)
+
+properties of fastkit.methods.prilora.PRILoRAConfig: first_step, last_event, mean_rank
+
+fastkit.methods.prilora.PRILoRAConfig.alpha_of(
+    rank: int,
+) -> float
+
+fastkit.methods.prilora.PRILoRAConfig.from_dict(
+    values: Mapping[str, Any],
+) -> PRILoRAConfig
+
+fastkit.methods.prilora.PRILoRAConfig.is_event(
+    step: int,
+) -> bool
+
+fastkit.methods.prilora.PRILoRAConfig.to_dict(
+) -> dict[str, Any]
+
+fastkit.methods.prilora.apply_prilora(
+    model: nn.Module,
+    config: PRILoRAConfig | None = None,
+    *,
+    automatic: bool = True,
+) -> PRILoRA
+
+fastkit.methods.prilora.attach_prilora(
+    peft_model: nn.Module,
+    config: PRILoRAConfig | None = None,
+    *,
+    automatic: bool = True,
+) -> AttachedPRILoRA
+
+fastkit.methods.prilora.load_prilora(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    config: PRILoRAConfig | None = None,
+    automatic: bool = True,
+) -> PRILoRA
+
 state_dict of fastkit.nn.AdaptiveIIR(6):
     mlp.0.weight (32, 8)
     mlp.0.bias (32,)
@@ -301,7 +461,9 @@ state_dict of fastkit.nn.PRILoRALinear(torch.nn.Linear(6, 4), 2):
     base_layer.bias (4,)
 """
 
+MODULES = (nn, ops, reference, prilora)
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
+ALIASES |= {name: value for name, value in vars(prilora_config).items() if get_origin(value) is Literal}
 STATE_DICTS = [
     "AdaptiveIIR(6)",
     "AdaptiveIIR(6, filters=2, pool=4, hidden=5)",
@@ -353,10 +515,11 @@ def described(name: str, value: object) -> str:
 
 
 def methods(name: str, of: type) -> list[str]:
-    """Of a module's class, and its properties, beyond those that every module has."""
-    own = {key: value for key, value in vars(of).items() if not key.startswith("_")}
+    """Of a class, and its properties, beyond those that every module of torch has."""
+    bases = [base for base in reversed(of.__mro__) if base.__module__.startswith("fastkit.")]
+    own = {key: getattr(of, key) for base in bases for key in vars(base) if not key.startswith("_")}
     properties = sorted(key for key, value in own.items() if isinstance(value, property))
-    functions = sorted(key for key, value in own.items() if inspect.isfunction(value))
+    functions = sorted(key for key, value in own.items() if inspect.isroutine(value))
     lines = [f"properties of {name}: {', '.join(properties)}"] if properties else []
     return lines + [described(f"{name}.{key}", own[key]) for key in functions if key != "extra_repr"]
 
@@ -364,11 +527,12 @@ def methods(name: str, of: type) -> list[str]:
 def api() -> str:
     parts = [described("fastkit.info.available", info.available)]
     parts += [f"{alias}: {', '.join(get_args(of))}" for alias, of in ALIASES.items()]
-    for module in (nn, ops, reference):
+    for module in MODULES:
         for name in public_names(module):
-            parts.append(described(f"{module.__name__}.{name}", getattr(module, name)))
-            if module is nn:
-                parts += methods(f"{module.__name__}.{name}", getattr(module, name))
+            value = getattr(module, name)
+            parts.append(described(f"{module.__name__}.{name}", value))
+            if isinstance(value, type) and not issubclass(value, tuple):
+                parts += methods(f"{module.__name__}.{name}", value)
     for call in STATE_DICTS:
         state = eval(call, {**vars(nn), "torch": torch}).state_dict()
         keys = [f"    {key} {tuple(tensor.shape)}" for key, tensor in state.items()]
@@ -391,7 +555,7 @@ def test_ops_and_reference_share_types():
     assert ops.IIRState is reference.IIRState
 
 
-@pytest.mark.parametrize("module", [nn, ops, reference], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_what_is_public_is_documented(module):
     """In a docstring of its own, and by name in the README or on a page of docs."""
     for name in public_names(module):
@@ -404,7 +568,7 @@ def test_what_is_public_is_documented(module):
     assert [name for name in public_names(module) if name not in named] == []
 
 
-@pytest.mark.parametrize("package", ["nn", "ops", "reference"])
+@pytest.mark.parametrize("package", ["nn", "ops", "reference", "methods.prilora"])
 def test_what_init_imports_is_what_is_public(package):
     """There is no ``__all__``: a public name is in ``__init__.py``, as ``from .. import name as name``."""
     module = importlib.import_module(f"fastkit.{package}")

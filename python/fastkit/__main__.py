@@ -14,7 +14,10 @@ from types import ModuleType
 from fastkit._command import Refusal, positive
 
 # A recipe is a module of fastkit.recipes with add_arguments(parser) and main(args) -> exit code.
-RECIPES = {"focus": "adaptive filters in a classifier of series, against constant ones and none"}
+RECIPES = {
+    "focus": "adaptive filters in a classifier of series, against constant ones and none",
+    "prilora": "ranks that grow from block to block and pruned adapters, against LoRA and full fine-tuning",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

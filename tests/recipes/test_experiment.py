@@ -16,23 +16,26 @@ from fastkit._command import Refusal, require
 from fastkit._threads import threads
 from fastkit.recipes import _experiment
 from fastkit.recipes._experiment import (
-    Row,
     Run,
     add_arguments,
+    add_device,
+    deterministic,
+    device_of,
     read_checkpoint,
     seeded,
     sha256,
-    summary,
     write_atomically,
     write_checkpoint,
+    write_folder_atomically,
 )
+from fastkit.recipes._figures import Row, paired, summary
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 
-def begin(out, *, resume=False, config=(("lr", 0.1),), data=(("name", "noise"),)):
-    return Run("tiny", out, config=dict(config), data=dict(data), resume=resume)
+def begin(out, *, resume=False, config=(("lr", 0.1),), data=(("name", "noise"),), **options):
+    return Run("tiny", out, config=dict(config), data=dict(data), resume=resume, **options)
 
 
 class Tiny:
@@ -45,7 +48,7 @@ class Tiny:
         self.parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
         self.left = stop or 0
 
-    def epoch(self):
+    def advance(self):
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
@@ -56,8 +59,23 @@ class Tiny:
         self.schedule.step()
         return {"loss": loss.item()}
 
+    def facts(self):
+        return {"parameters": 4}
+
     def save(self, path):
         write_checkpoint(path, self.model.state_dict())
+
+
+class TinyFolder(Tiny):
+    """One whose model is a folder with a folder in it."""
+
+    def save(self, path):
+        def write(folder):
+            (folder / "inner").mkdir()
+            (folder / "notes.txt").write_text("mine")
+            torch.save(self.model.state_dict(), folder / "inner" / "model.pt")
+
+        write_folder_atomically(path, write)
 
 
 def without_seconds(row):
@@ -122,27 +140,30 @@ def test_a_whole_line_that_is_no_row_is_refused(tmp_path, place):
 def test_a_row_goes_on_in_the_middle_as_if_it_had_not_stopped(tmp_path):
     row = "test", "arm", 0
     with begin(tmp_path / "whole") as run:
-        expected = run.row(*row, Tiny, epochs=3)
+        expected = run.row(*row, Tiny, stretches=3)
         expected_model = read_checkpoint(run.model_path(*row))
     with begin(tmp_path / "stopped") as run:
         with pytest.raises(KeyboardInterrupt):
-            run.row(*row, lambda: Tiny(stop=3), epochs=3)
+            run.row(*row, lambda: Tiny(stop=3), stretches=3)
         assert list((tmp_path / "stopped" / "training").iterdir())
         assert not run.rows
     torch.randn(7)  # whatever else is drawn
     with begin(tmp_path / "stopped", resume=True) as run:
-        found = run.row(*row, Tiny, epochs=3)
+        found = run.row(*row, Tiny, stretches=3)
         assert without_seconds(found) == without_seconds(expected)
         assert found.seconds > 0
         model = read_checkpoint(run.model_path(*row))
         assert all(torch.equal(model[key], expected_model[key]) for key in ("weight", "bias"))
         assert not list((tmp_path / "stopped" / "training").iterdir())
-        assert run.row(*row, pytest.fail, epochs=3) is found  # not begun again
+        assert run.row(*row, pytest.fail, stretches=3) is found  # not begun again
+        assert found.facts == {"parameters": 4}
+    with begin(tmp_path / "stopped", resume=True) as run:
+        assert run.rows[row] == found
 
 
 def test_a_model_that_nobody_wants_is_not_kept(tmp_path):
     with begin(tmp_path) as run:
-        run.row("validation", "arm", 0, Tiny, epochs=3, keeps_model=False)
+        run.row("validation", "arm", 0, Tiny, stretches=3, keeps_model=False)
     assert not list((tmp_path / "models").iterdir())
 
 
@@ -164,14 +185,14 @@ def test_names_of_rows_are_names_of_files(tmp_path):
 # A kill between any two steps
 
 
-def _run_to_the_end(out, resume):
-    with begin(out, resume=resume) as run:
+def _run_to_the_end(out, resume, kind=Tiny):
+    with begin(out, resume=resume, suffix=".pt" if kind is Tiny else "") as run:
         for arm in ("one", "two"):
-            run.row("test", arm, 0, lambda: Tiny(2), epochs=2)
+            run.row("test", arm, 0, lambda: kind(2), stretches=2)
         run.write("test", [0])
 
 
-def _fork_and_die(out, step):
+def _fork_and_die(out, step, kind):
     """In a fork, dies right before the step-th change of a file; whether it came to that."""
     child = os.fork()
     if child:
@@ -192,33 +213,51 @@ def _fork_and_die(out, step):
         os.fsync = deadly(os.fsync)
         for name in ("mkdir", "replace", "unlink"):
             setattr(Path, name, deadly(getattr(Path, name)))
-        _run_to_the_end(out, resume=True)
+        _run_to_the_end(out, True, kind)
     finally:
         os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_killed_at_each_step_it_ends_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, model", [(Tiny, "two-0.pt"), (TinyFolder, "two-0/inner/model.pt")])
+def test_killed_at_each_step_it_ends_the_same(tmp_path, monkeypatch, kind, model):
     """At each change of a file, until a run has none left to die at."""
-    monkeypatch.setattr(_experiment, "_draw", lambda file, *_: file.write(b"slow to draw"))
+    monkeypatch.setattr(_experiment, "draw", lambda file, *_: file.write(b"slow to draw"))
     with threads(1):
-        _run_to_the_end(tmp_path / "whole", resume=False)
+        _run_to_the_end(tmp_path / "whole", False, kind)
         expected = (tmp_path / "whole" / "curves.csv").read_bytes()
-        model = "models/test-two-0.pt"
-        wanted = read_checkpoint(tmp_path / "whole" / model)
+        wanted = torch.load(tmp_path / "whole" / "models" / f"test-{model}")
         step = 1
-        while _fork_and_die(tmp_path / str(step), step):
+        while _fork_and_die(tmp_path / str(step), step, kind):
             out = tmp_path / str(step)
-            _run_to_the_end(out, resume=True)
+            _run_to_the_end(out, True, kind)
             assert (out / "curves.csv").read_bytes() == expected
             assert len((out / "results.jsonl").read_bytes().splitlines()) == 2
-            found = read_checkpoint(out / model)
+            assert len(list((out / "models").iterdir())) == 2
+            found = torch.load(out / "models" / f"test-{model}")
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], wanted[key]) for key in ("weight", "bias"))
             assert not list((out / "training").iterdir())
             step += 1
         assert step > 30
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    path = tmp_path / "model"
+    for text in ("one", "two"):
+        write_folder_atomically(path, lambda folder, text=text: (folder / f"{text}.txt").write_text(text))
+        assert [(file.name, file.read_text()) for file in path.iterdir()] == [(f"{text}.txt", text)]
+
+    def fails(folder):
+        (folder / "three.txt").write_text("thr")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_atomically(path, fails)
+    assert [file.name for file in path.iterdir()] == ["two.txt"]
+    write_folder_atomically(path, lambda folder: (folder / "four.txt").touch())
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]  # not what was cut off
 
 
 # Refusals
@@ -259,6 +298,16 @@ def test_another_config_data_or_number_of_threads_is_refused(tmp_path):
     with threads(torch.get_num_threads() + 1):
         refused(f"{message}threads ", tmp_path, resume=True)
     begin(tmp_path, resume=True).__exit__()
+    assert json.loads((tmp_path / "config.json").read_text())["device"] == "cpu"
+
+
+def test_another_device_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    begin(tmp_path, device=torch.device("cuda")).__exit__()
+    message = (
+        f"--resume must be given what {tmp_path} was begun with, got device 'cpu' instead of 'cuda: a GPU"
+    )
+    refused(message, tmp_path, resume=True, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
@@ -340,6 +389,33 @@ def test_summary_is_by_figure_and_arm():
     }
 
 
+def test_differences_are_of_the_seeds_that_both_arms_have():
+    rows = [
+        ROW._replace(arm=arm, seed=seed, figures={"accuracy": value, "loss": None, **more})
+        for arm, seed, value, more in (
+            ("a", 0, 0.75, {"only": 1.0}), ("a", 1, 0.5, {}), ("a", 2, 1.0, {}), ("b", 1, 0.25, {}),
+            ("b", 0, 1.0, {}), ("b", 3, 0.0, {}), ("c", 0, 0.0, {}),
+        )
+    ]  # fmt: skip
+    assert paired(rows, "a", "b") == {
+        "accuracy": {"seeds": {"0": -0.25, "1": 0.25}, "mean": 0.0, "stderr": pytest.approx(0.25)},
+        "loss": {"seeds": {"0": None, "1": None}, "mean": None, "stderr": None},
+    }
+    assert paired(rows, "c", "b")["accuracy"] == {"seeds": {"0": -1.0}, "mean": -1.0, "stderr": None}
+    assert paired(rows, "a", "d") == {}
+
+
+def test_curves_are_over_the_unit_of_the_run(tmp_path):
+    """And a figure that only the last point has is no curve."""
+    last = ROW._replace(curve=[{"loss": 0.5}, {"loss": 0.25, "test": 1.0}])
+    with begin(tmp_path, unit="step", stretch=50) as run:
+        run.append(last)
+        run.write("test", [0])
+    text = (tmp_path / "curves.csv").read_text().splitlines()
+    assert text == ["arm,seed,step,loss,test", "arm,0,50,0.5,", "arm,0,100,0.25,1.0"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_is_left_in_the_folder(tmp_path):
     with begin(tmp_path) as run:
         for row in (ROW, ROW._replace(arm="none"), ROW._replace(table="validation"), ROW._replace(seed=7)):
@@ -371,6 +447,28 @@ def test_seeded_leaves_the_generator_as_it_was():
     assert torch.equal(torch.randn(2), expected)
     with seeded(5):
         assert torch.equal(torch.randn(2), one)
+
+
+def test_a_device_is_named_and_refused_where_it_is_not(monkeypatch):
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    assert device_of(parser.parse_args([])) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Refusal, match=r"^--device must be cpu where torch sees no GPU, got cuda; leave it"):
+        device_of(parser.parse_args(["--device", "cuda"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(parser.parse_args(["--device", "cuda"])) == torch.device("cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_deterministic_algorithms_on_a_gpu_alone_and_as_before_afterwards(device, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with pytest.raises(KeyError), deterministic(torch.device(device)):
+        assert torch.are_deterministic_algorithms_enabled() == (device == "cuda")
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's is kept
 
 
 def test_threads_are_as_before():
@@ -411,7 +509,7 @@ def test_arguments():
 
 def test_progress_is_silent_where_there_is_no_terminal(tmp_path, capfd):
     with begin(tmp_path) as run:
-        run.row("test", "arm", 0, Tiny, epochs=3)
+        run.row("test", "arm", 0, Tiny, stretches=3)
     assert capfd.readouterr() == ("", "")
 
 

@@ -167,7 +167,7 @@ def test_curves_are_of_the_test_rows(finished):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     before = (finished / "results.jsonl").read_bytes()
-    monkeypatch.setattr(focus.Training, "epoch", lambda _: pytest.fail("trained again"))
+    monkeypatch.setattr(focus.Training, "advance", lambda _: pytest.fail("trained again"))
     assert main(["run", "focus", *TINY, "--seeds", "3", "5", "--out", str(finished), "--resume"]) == 0
     assert (finished / "results.jsonl").read_bytes() == before
 
@@ -227,7 +227,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(focus.Training, "epoch", interrupted)
+    monkeypatch.setattr(focus.Training, "advance", interrupted)
     assert main(["run", "focus", *TINY, "--out", str(tmp_path)]) == 130
     assert "stopped; the same command with --resume goes on" in capsys.readouterr().err
 

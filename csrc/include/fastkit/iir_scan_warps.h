@@ -7,7 +7,7 @@
 //            a scan over the lanes gives what enters each run, and the run is walked again from there. Where channels
 //            have stride 1 a lane has a row of its own, and walks. Rows enough to fill the GPU are one segment each.
 //            Otherwise Segments reduces each segment to its map, Enter follows the maps of a row, and then Segments
-//            walks them all. Where runs fit chunks and memory, iir_scan_warps_tiles.h does all this faster.
+//            walks them all. Where runs fit chunks and memory, iir_scan_warps_walks.h does all this faster.
 // Bytes      per fp32 sample: reads x, writes y (8), and reads x once more for each filter where rows are cut. Per
 //            chunk the coefficients.
 // Numerics   y = (u - a2 y2) - a1 y1; maps in double. No atomics:

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "fastkit/iir_scan_warps_gradients.h"
-#include "fastkit/iir_scan_warps_tiles.h"
+#include "fastkit/iir_scan_warps_walks.h"
 
 namespace fastkit::iir_scan_warps {
 

@@ -94,7 +94,7 @@ class PRILoRALinear(nn.Module):
         statistic: bool = True,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = _features(base_layer)
+        self.in_features, self.out_features = features(base_layer)
         largest = min(self.in_features, self.out_features)
         if not 1 <= rank <= largest:
             raise ValueError(
@@ -169,7 +169,7 @@ class PRILoRALinear(nn.Module):
         adapter = (self.lora_a, self.lora_b, self.scale)
         counts = self.statistic and self.training and not transforms()
         if self._is_plain():
-            weight = self.weight.T if _is_conv1d(self.base_layer) else self.weight
+            weight = self.weight.T if is_conv1d(self.base_layer) else self.weight
             if not counts:
                 return ops.lora_linear(x, weight, self.bias, *adapter, mask=self.mask, lora_x=lora_x)
             y, square_sum = ops.lora_linear_with_stats(
@@ -180,7 +180,7 @@ class PRILoRALinear(nn.Module):
             delta, square_sum = low_rank(x, *adapter, mask=self.mask, lora_x=lora_x, stats=counts)
             y = y + delta.to(y.dtype)
         if counts:
-            _count_(self.square_sum, square_sum)
+            count_(self.square_sum, square_sum)
         return y
 
     @torch.no_grad()
@@ -236,14 +236,14 @@ class PRILoRALinear(nn.Module):
         """
         if self._merged:
             raise RuntimeError("PRILoRALinear: merge: the layer is merged already; call unmerge() first")
-        if not _is_product(self.base_layer):
+        if not is_product(self.base_layer):
             raise RuntimeError(
                 f"PRILoRALinear: merge: the weight of {type(self.base_layer).__name__} is not a plain"
                 " floating-point tensor; dequantise the layer first, or keep the adapter apart"
             )
         weight, delta = self.weight, self.delta_weight()
         self._unmerged = weight.detach().clone() if reversible else None
-        delta = delta.T if _is_conv1d(self.base_layer) else delta
+        delta = delta.T if is_conv1d(self.base_layer) else delta
         weight.copy_(weight.to(delta.dtype) + delta)
         self._merged = True
         return self
@@ -281,7 +281,7 @@ class PRILoRALinear(nn.Module):
             base._backward_pre_hooks,
             "forward" in vars(base),
         )
-        return _is_product(base) and not any(hooks)
+        return is_product(base) and not any(hooks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         average = self.input_square
@@ -314,34 +314,35 @@ class PRILoRALinear(nn.Module):
         self.square_sum = torch.zeros_like(self.input_square)
 
 
-def _features(base: nn.Module) -> tuple[int, int]:
-    if _is_conv1d(base):
+def features(base: nn.Module) -> tuple[int, int]:
+    """D and O of a layer that may be adapted; ValueError for another."""
+    if is_conv1d(base):
         return base.nx, base.nf  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
-    features = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
     if type(base).__name__ == "NonDynamicallyQuantizableLinear":
         raise ValueError(
             "PRILoRALinear: base_layer must not be the out_proj of nn.MultiheadAttention, which reads its"
             " weight past the layer; adapt other layers"
         )
-    if not all(isinstance(n, int) and n > 0 for n in features):
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(
             "PRILoRALinear: base_layer must be a linear layer with in_features and out_features, or a"
             f" transformers Conv1D, got {type(base).__name__}"
         )
-    return features  # pyright: ignore[reportReturnType]
+    return sizes  # pyright: ignore[reportReturnType]
 
 
-def _is_conv1d(base: nn.Module) -> bool:
+def is_conv1d(base: nn.Module) -> bool:
     """By name: transformers is not imported for it."""
     return type(base).__name__ == "Conv1D" and hasattr(base, "nx") and hasattr(base, "nf")
 
 
-def _is_product(base: nn.Module) -> bool:
+def is_product(base: nn.Module) -> bool:
     """Whether the layer is one of those that are a product with the weight that is its parameter."""
     weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
         return False
-    return type(base) is nn.Linear or _is_conv1d(base)
+    return type(base) is nn.Linear or is_conv1d(base)
 
 
 def _device(base: nn.Module) -> torch.device | None:
@@ -369,4 +370,4 @@ def _(total: Tensor, sum: Tensor) -> None:
     pass
 
 
-_count_ = torch.ops.fastkit.count_once_.default
+count_ = torch.ops.fastkit.count_once_.default

@@ -4,40 +4,37 @@ The folder, ``--out``:
 
     config.json      what the run is: configuration, data, versions, threads; written before anything else
     results.jsonl    a line for each finished row of a table of arms and seeds
-    training/        of a row that is not finished: its state after the last whole epoch
-    models/          of a row that is finished: what the recipe's own loader reads
+    training/        of a row that is not finished: its state after the last stretch, an epoch or some steps
+    models/          of a row that is finished: what the recipe's own loader reads, a file or a folder
     metrics.json, curves.csv, curves.png    written last, from results.jsonl
     lock             held while a process runs
 
-Files are replaced whole, and results.jsonl only grows, so a process can be killed between any two
+Files and folders are replaced whole, and results.jsonl only grows, so a process can be killed between any two
 instructions. What a row computes depends on its seed and on what its last checkpoint holds: on one machine,
-with one number of threads, it comes out the same to the bit whether it was interrupted or not.
+device and number of threads, it comes out the same to the bit whether it was interrupted or not.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
-import math
 import os
 import platform
-import statistics
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, Self
+from typing import Any, BinaryIO, Protocol, Self
 from urllib.parse import quote
 
-import numpy as np
 import torch
 
 from fastkit import __version__
 from fastkit._command import Refusal
+from fastkit.recipes._figures import Row, curves, draw, finite, summary
 
 try:
     import fcntl
@@ -57,6 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="one row of each arm per seed")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     parser.add_argument("--quick", action="store_true", help="a short run that shows that it works, no more")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, of recipes that run on a GPU too; ``device_of`` gives what it names."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device must be cpu where torch sees no GPU, got cuda; leave it out")
+    return torch.device(args.device)
 
 
 def _seed(text: str) -> int:
@@ -82,6 +90,25 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, algorithms alone that give the same bits each time; on the CPU, all of torch's do."""
+    if device.type == "cpu":
+        yield
+        return
+    # cuBLAS reads it when it is first used, and torch refuses products without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
 # Files
 
 
@@ -94,6 +121,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """The folder is the old one, none, or the whole new one, which ``write`` fills; never a part of one."""
+    temporary, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("tmp", "old"))
+    for folder in (temporary, old):  # what a kill left
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    for folder, _, files in os.walk(temporary):
+        for name in files:
+            with Path(folder, name).open("r+b") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(folder))
+    if path.exists():
+        path.replace(old)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -138,17 +184,6 @@ def sha256(chunks: Iterable[bytes]) -> str:
 # A run
 
 
-class Row(NamedTuple):
-    """A finished row: an arm from one seed. A figure that is not finite is None."""
-
-    table: str
-    arm: str
-    seed: int
-    figures: dict[str, float | None]
-    curve: list[dict[str, float | None]]  # figures after each epoch
-    seconds: float  # of training, in all processes, as far as checkpoints tell
-
-
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
@@ -159,15 +194,19 @@ class Training(Protocol):
 
     @property
     def parts(self) -> Mapping[str, Stateful]:
-        """What ``epoch`` changes, besides torch's generators: model, optimizer, scheduler."""
+        """What ``advance`` changes, besides torch's generators: model, optimizer, scheduler."""
         ...
 
-    def epoch(self) -> Mapping[str, float]:
-        """Figures after one more epoch."""
+    def advance(self) -> Mapping[str, float]:
+        """Figures after one more stretch of the training: an epoch, or some steps."""
+        ...
+
+    def facts(self) -> Mapping[str, float]:
+        """Of what was trained, when it was: counts of parameters and the like."""
         ...
 
     def save(self, path: Path) -> None:
-        """The model, for the recipe's own loader."""
+        """The model, for the recipe's own loader, as a file or a folder."""
         ...
 
 
@@ -182,6 +221,9 @@ class Run:
         resume: go on with what is in ``out``, which must be of the same config, data, versions and number
             of threads. Else ``out`` must be empty.
         packages: installed packages that the figures depend on, besides torch and numpy.
+        device: where the rows are trained; a run goes on only on a device of the same name.
+        unit, stretch: what curves are drawn over; from one point to the next, ``stretch`` units.
+        suffix: of the models' names.
 
     Raises:
         Refusal: ``out`` is not as above, or another process holds it.
@@ -196,13 +238,19 @@ class Run:
         data: Mapping[str, Any],
         resume: bool,
         packages: Sequence[str] = (),
+        device: torch.device | None = None,
+        unit: str = "epoch",
+        stretch: int = 1,
+        suffix: str = ".pt",
     ) -> None:
         self.out = out
+        self._unit, self._stretch, self._suffix = unit, stretch, suffix
         self.config = dict(config)
         self.rows: dict[tuple[str, str, int], Row] = {}
         self._facts = {
             "format": FORMAT, "recipe": recipe, "config": dict(config), "data": dict(data),
             "versions": _versions(packages), "threads": torch.get_num_threads(),
+            "device": _device_name(device),
         }  # fmt: skip
         self._facts = json.loads(json.dumps(self._facts))  # tuples become lists, as in the file
         try:
@@ -302,10 +350,10 @@ class Run:
         seed: int,
         begin: Callable[[], Training],
         *,
-        epochs: int,
+        stretches: int,
         keeps_model: bool = True,
     ) -> Row:
-        """The finished row, trained now if it was not before; its figures are those of the last epoch.
+        """The finished row, trained now if it was not before; its figures are those of the last stretch.
 
         Args:
             begin: called with torch's generators seeded by ``seed``.
@@ -315,13 +363,13 @@ class Run:
             return self.rows[table, arm, seed]
         with seeded(seed):
             training = begin()
-            row = self.train(table, arm, seed, training, epochs=epochs)
+            row = self.train(table, arm, seed, training, stretches=stretches)
         if keeps_model:
             training.save(self.model_path(table, arm, seed))
         return self.append(row)
 
-    def train(self, table: str, arm: str, seed: int, training: Training, *, epochs: int) -> Row:
-        """A row up to its last epoch, from its last checkpoint on if it has one; not yet finished."""
+    def train(self, table: str, arm: str, seed: int, training: Training, *, stretches: int) -> Row:
+        """A row up to its last stretch, from its last checkpoint on if it has one; not yet finished."""
         from tqdm import tqdm
 
         path = self._state(table, arm, seed)
@@ -335,22 +383,27 @@ class Run:
             curve, seconds = state["curve"], state["seconds"]
         start = time.perf_counter() - seconds
         with tqdm(
-            total=epochs, initial=len(curve), desc=f"{table}: {arm}, seed {seed}", disable=None, leave=False
+            total=stretches * self._stretch,
+            initial=len(curve) * self._stretch,
+            desc=f"{table}: {arm}, seed {seed}",
+            unit=self._unit,
+            disable=None,
+            leave=False,
         ) as bar:
-            while len(curve) < epochs:
-                curve.append(_finite(training.epoch()))
+            while len(curve) < stretches:
+                curve.append(finite(training.advance()))
                 seconds = time.perf_counter() - start
                 state = {
                     "parts": {name: part.state_dict() for name, part in training.parts.items()},
                     "generators": _generators(), "curve": curve, "seconds": seconds,
                 }  # fmt: skip
                 write_checkpoint(path, state)
-                bar.update()
-        return Row(table, arm, seed, curve[-1], curve, seconds)
+                bar.update(self._stretch)
+        return Row(table, arm, seed, curve[-1], curve, seconds, dict(training.facts()))
 
     def append(self, row: Row) -> Row:
         """The row is finished: in results.jsonl for good, when this returns."""
-        row = row._replace(figures=_finite(row.figures))
+        row = row._replace(figures=finite(row.figures))
         self._results.write(json.dumps(row._asdict(), allow_nan=False).encode() + b"\n")
         self._results.flush()
         os.fsync(self._results.fileno())
@@ -359,7 +412,7 @@ class Run:
         return row
 
     def model_path(self, table: str, arm: str, seed: int) -> Path:
-        return self.out / "models" / f"{_file_name(table, arm, seed)}.pt"
+        return self.out / "models" / f"{_file_name(table, arm, seed)}{self._suffix}"
 
     def _state(self, table: str, arm: str, seed: int) -> Path:
         return self.out / "training" / f"{_file_name(table, arm, seed)}.pt"
@@ -377,58 +430,10 @@ class Run:
             **more,
         }
         write_json(self.out / "metrics.json", metrics)
-        text = io.StringIO(newline="")
-        names = list(dict.fromkeys(name for row in rows for point in row.curve for name in point))
-        writer = csv.DictWriter(text, ["arm", "seed", "epoch", *names])
-        writer.writeheader()
-        for row in rows:
-            for number, point in enumerate(row.curve, 1):
-                writer.writerow({"arm": row.arm, "seed": row.seed, "epoch": number, **point})
-        write_atomically(self.out / "curves.csv", lambda file: file.write(text.getvalue().encode()))
-        write_atomically(self.out / "curves.png", lambda file: _draw(file, rows, names))
+        over = rows, self._unit, self._stretch
+        write_atomically(self.out / "curves.csv", lambda file: file.write(curves(*over)))
+        write_atomically(self.out / "curves.png", lambda file: draw(file, *over))
         return metrics
-
-
-def summary(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each figure and arm: each seed, the mean, and the standard deviation of a sample of seeds."""
-    figures: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row.seed):
-        for name, value in row.figures.items():
-            arm = figures.setdefault(name, {}).setdefault(row.arm, {"seeds": {}})
-            arm["seeds"][str(row.seed)] = value
-    for arms in figures.values():
-        for arm in arms.values():
-            values = list(arm["seeds"].values())
-            known = None not in values
-            arm["mean"] = statistics.fmean(values) if known else None
-            arm["std"] = statistics.stdev(values) if known and len(values) > 1 else None
-    return figures
-
-
-def _draw(file: BinaryIO, rows: Sequence[Row], names: Sequence[str]) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(5 * max(1, len(names)), 3.5), layout="constrained")
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(1, len(names), place)
-        for row in rows:
-            values = np.array([point.get(name) for point in row.curve], dtype=float)  # None is NaN
-            first = row == next(other for other in rows if other.arm == row.arm)
-            label = row.arm if first else None
-            axes.plot(range(1, len(values) + 1), values, color=f"C{arms.index(row.arm)}", label=label)
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
-    figure.savefig(file, format="png", dpi=150)
-
-
-def _finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {
-        name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()
-    }
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -440,7 +445,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _file_name(table: str, arm: str, seed: int) -> str:
-    return quote(f"{table}-{arm}-{seed}", safe="=, ").replace(" ", "_")
+    return quote(f"{table}-{arm}-{seed}", safe="=,+ ").replace(" ", "_")
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
@@ -451,6 +456,12 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "unknown"
     return versions
+
+
+def _device_name(device: torch.device | None) -> str:
+    if device is None or device.type == "cpu":
+        return "cpu"
+    return f"{device.type}: {torch.cuda.get_device_name(device)}"
 
 
 def _generators() -> dict[str, Any]:

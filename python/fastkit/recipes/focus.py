@@ -23,13 +23,13 @@ from fastkit._threads import threads
 from fastkit.nn import AdaptiveIIR
 from fastkit.nn.adaptive_iir import Parameterization
 from fastkit.recipes._experiment import (
-    Row,
     Run,
     read_checkpoint,
     seeded,
     write_checkpoint,
 )
 from fastkit.recipes._experiment import add_arguments as add_common_arguments
+from fastkit.recipes._figures import Row
 from fastkit.recipes._series import Part, Series, load, standardised
 
 Filter = Literal["adaptive", "constant", "none"]
@@ -200,7 +200,7 @@ class Training:
         )
         self.parts = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
 
-    def epoch(self) -> dict[str, float]:
+    def advance(self) -> dict[str, float]:
         order = torch.randperm(len(self.train.y))
         total = 0.0
         for step in range(self.steps):
@@ -217,6 +217,9 @@ class Training:
             "loss": cross_entropy(logits, y).item(),
             "train_loss": total / self.steps,
         }
+
+    def facts(self) -> dict[str, float]:
+        return {"parameters": sum(parameter.numel() for parameter in self.model.parameters())}
 
     def save(self, path: Path) -> None:
         save_classifier(path, self.model, self.classes)
@@ -373,7 +376,7 @@ def _row(
 
     test = table == "test"
     name = arm if test else f"{arm},{choice}"
-    return run.row(table, name, seed, begin, epochs=epochs, keeps_model=test)
+    return run.row(table, name, seed, begin, stretches=epochs, keeps_model=test)
 
 
 def _plain_baselines(series: Series) -> dict[str, dict[str, float]]:
@@ -435,7 +438,7 @@ def train_digits(*, seeds: Sequence[int] = (0, 1, 2), epochs: int = 15) -> list[
                 training = Training(model, train, test, series.classes, lr=1e-2, epochs=epochs, batch=64)
                 curve = Curve(filtered, seed, [])
                 for _ in range(epochs):
-                    curve.accuracy.append(training.epoch()["accuracy"])
+                    curve.accuracy.append(training.advance()["accuracy"])
                     bar.update()
             curves.append(curve)
     return curves

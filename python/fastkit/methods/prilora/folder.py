@@ -1,0 +1,148 @@
+"""A folder of files that is the old one or the whole new one, whenever the process or the machine stops.
+
+    .prilora-writing/   files that are being written; of no meaning to anyone
+    .prilora-new/       by being renamed to this, they are the folder's, and take the place of those in it
+
+What was renamed and not moved yet is read where it is, and moved by the next that writes. A reader that does
+not know of it, as PEFT, must not take half of each: so ``last``, the file without which it does not load, is
+taken away before the first of the others is replaced, and brought last. Where it has not changed, it stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WRITING, NEW = ".prilora-writing", ".prilora-new"
+_LARGEST_JSON = 64 << 20  # bytes: far beyond any list of layers
+
+
+def replace_files(folder: Path, files: Mapping[str, Callable[[Path], object]], *, last: str) -> None:
+    """Write the files, each by a function of its path, and make them the folder's; others are left alone.
+
+    ``last`` names one of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder, last=last)
+    writing = folder / WRITING
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir()
+    for name, write in files.items():
+        _write(writing / name, write)
+    _sync(writing)
+    writing.rename(folder / NEW)
+    _sync(folder)
+    finish(folder, last=last)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """One file, which is the old one or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    _write(temporary, write)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def finish(folder: Path, *, last: str) -> None:
+    """Move what a process that was stopped had written whole."""
+    new = folder / NEW
+    if not new.is_dir():
+        return
+    names = sorted(path.name for path in new.iterdir())
+    if last in names and (folder / last).exists():
+        if (folder / last).read_bytes() == (new / last).read_bytes():
+            (new / last).unlink()
+            names.remove(last)
+        else:
+            (folder / last).unlink()
+            _sync(folder)
+    for name in sorted(names, key=lambda name: name == last):
+        (new / name).replace(folder / name)
+        _sync(folder)
+    new.rmdir()
+    _sync(folder)
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """Where the folder's file is; None if it has none."""
+    return next((path for path in (folder / NEW / name, folder / name) if path.is_file()), None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """As safetensors; no tensor shares memory with another one in the file."""
+    save_file = _safetensors("safetensors.torch").save_file
+    copies = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, path, dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, on the CPU; ValueError if it is not whole."""
+    safetensors = _safetensors("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got one that is not ({error})") from error
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    path.write_bytes(json.dumps(facts, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """What the file says; ValueError if it is none of JSON."""
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} must have at most {_LARGEST_JSON} bytes, got {path.stat().st_size}")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be JSON, got what is not ({error})") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    write(path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _safetensors(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            'the files of an adapter need safetensors, which is not installed; pip install "fastkit[hf]"'
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    if os.name != "posix":  # where a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
