@@ -1,6 +1,7 @@
 """Importing fastkit is cheap and does nothing else."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -58,11 +59,14 @@ def test_import_does_not_touch_cuda(run_script):
     assert done.returncode == 0, done.stderr
 
 
-def test_import_costs_less_than_50_ms_over_torch():
+def test_import_costs_less_than_50_ms_over_torch(tmp_path):
     """The best of up to five processes: others may hold the machine, none can make it faster.
 
-    No forks, which pay for each page of their parent's that they write to.
+    With bytecode, as pip leaves it, which the first process writes here. No forks, which pay for each page of
+    their parent's that they write to.
     """
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     script = """if True:
         import time, torch
         start = time.perf_counter()
@@ -71,7 +75,9 @@ def test_import_costs_less_than_50_ms_over_torch():
         """
     best = float("inf")
     for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env
+        )
         best = min(best, float(done.stdout))
         if best < 50:
             return
