@@ -35,7 +35,6 @@ import triton.language as tl
 from torch import Tensor
 
 FILL = 512  # programs that a GPU wants, at least
-FILL_PROJECT = 2048  # of those of project, which are short
 FUSED_RANK = 16  # up to which gh comes with the gradient of B, in bfloat16
 FUSED_PARTS = 2**27  # numbers, of gh over the blocks of columns, that are worth the memory
 
@@ -280,7 +279,7 @@ def _project_tile(x: Tensor, rank: int) -> _Tile:
     if x.dtype == torch.float16:
         return _Tile(64, _padded(rank, 32), 64, 8)
     ranks = _padded(rank, 64)
-    return _Tile(128 if ranks == 16 else 64, ranks, 64, 4)
+    return _Tile(64, ranks, 128 if ranks == 16 else 64, 4)
 
 
 def _gather_tile(v: Tensor, rank: int) -> _Tile:
@@ -294,21 +293,21 @@ def _gather_tile(v: Tensor, rank: int) -> _Tile:
 def _fused_tile(gy: Tensor, rank: int) -> _Tile | None:
     """Of the pass over gy that gives gh and the gradient of B, where that is better than two passes.
 
-    The parts of gh are written and read: in blocks of 128 columns half of what gy has, at rank 16.
+    The parts of gh are written and read: in blocks of 256 columns a quarter of what gy has, at rank 16.
     """
-    blocks = triton.cdiv(gy.shape[1], 128)
+    blocks = triton.cdiv(gy.shape[1], 256)
     worth = gy.dtype == torch.bfloat16 and rank <= FUSED_RANK and blocks * gy.shape[0] * rank <= FUSED_PARTS
-    return _Tile(64, 16, 128, 4) if worth else None
+    return _Tile(32, 16, 256, 8) if worth else None
 
 
 def _expand_tile() -> _Tile:
-    return _Tile(32, 16, 128, 4)
+    return _Tile(64, 16, 64, 4)
 
 
-def _pieces(programs: int, size: int, block: int, fill: int = FILL) -> tuple[int, int]:
+def _pieces(programs: int, size: int, block: int) -> tuple[int, int]:
     """How many pieces of an axis fill the GPU with what there are ``programs`` of, and the size of each."""
     blocks = triton.cdiv(size, block)
-    length = triton.cdiv(blocks, min(blocks, triton.cdiv(fill, programs))) * block
+    length = triton.cdiv(blocks, min(blocks, triton.cdiv(FILL, programs))) * block
     return triton.cdiv(size, length), length
 
 
@@ -322,7 +321,7 @@ def _project(x: Tensor, a: Tensor, scale: float, *, squares: bool = False) -> tu
     tile = _project_tile(x, rank)
     blocks = triton.cdiv(tokens, tile.tokens)
     programs = blocks * triton.cdiv(rank, tile.ranks)
-    pieces, length = _pieces(programs, columns, tile.columns, FILL_PROJECT)
+    pieces, length = _pieces(programs, columns, tile.columns)
     h = x.new_empty((pieces, tokens, rank), dtype=torch.float32)
     of_blocks = x.new_empty((blocks, columns) if squares else (1, 0), dtype=torch.float32)
     lora_linear_project[(programs, pieces)](
