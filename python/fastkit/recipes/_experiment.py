@@ -34,6 +34,7 @@ import torch
 
 from fastkit import __version__
 from fastkit._command import Refusal
+from fastkit._sync import sync_folder
 from fastkit.recipes._figures import Row, curves, draw, finite, summary
 
 try:
@@ -120,7 +121,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -134,22 +135,12 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
         for name in files:
             with Path(folder, name).open("r+b") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(folder))
+        sync_folder(Path(folder))
     if path.exists():
         path.replace(old)
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # where a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
@@ -318,7 +309,7 @@ class Run:
         except BaseException:
             self._results.close()
             raise
-        _sync_folder(self.out)
+        sync_folder(self.out)
         for key in self.rows:  # a kill right after the row was finished leaves its state
             self._state(*key).unlink(missing_ok=True)
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkit._sync import sync_folder
+
 WRITING, NEW = ".prilora-writing", ".prilora-new"
 _LARGEST_JSON = 64 << 20  # bytes: far beyond any list of layers
 
@@ -39,9 +41,9 @@ def replace_files(folder: Path, files: Mapping[str, Callable[[Path], object]], *
     writing.mkdir()
     for name, write in files.items():
         _write(writing / name, write)
-    _sync(writing)
+    sync_folder(writing)
     writing.rename(folder / NEW)
-    _sync(folder)
+    sync_folder(folder)
     finish(folder, last=last)
 
 
@@ -50,7 +52,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     _write(temporary, write)
     temporary.replace(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def finish(folder: Path, *, last: str) -> None:
@@ -65,12 +67,12 @@ def finish(folder: Path, *, last: str) -> None:
             names.remove(last)
         else:
             (folder / last).unlink()
-            _sync(folder)
+            sync_folder(folder)
     for name in sorted(names, key=lambda name: name == last):
         (new / name).replace(folder / name)
-        _sync(folder)
+        sync_folder(folder)
     new.rmdir()
-    _sync(folder)
+    sync_folder(folder)
 
 
 def find_file(folder: Path, name: str) -> Path | None:
@@ -136,13 +138,3 @@ def _safetensors(module: str) -> ModuleType:
         raise ImportError(
             'the files of an adapter need safetensors, which is not installed; pip install "fastkit[hf]"'
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    if os.name != "posix":  # where a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
