@@ -67,6 +67,18 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   // Zeroes the floor(ratio D) entries of each row of each matrix (R,D) with the least |entry| norm (D), of equal ones
   // the first; writes what is kept, a dense mask for each matrix.
   m.def("prune_rows_(Tensor(a!)[] matrices, Tensor[] norms, float ratio, Tensor(b!)[] masks) -> ()");
+
+  // Square sums (n,L), float64, of gradients of n tensors under L terms, term-major; 0 where there is none.
+  m.def("mtadam_square_sums(Tensor?[] grads, int n) -> Tensor");
+  // One step of Adam for L losses on n tensors. grads are of the terms from `first` on, their moments are folded in;
+  // where `applies`, parameters move. exp_avg_sqs (L n) and grads term-major; grad_norms (n,L), steps (n); square_sums
+  // (n, terms in grads), float64; lr_tensor, found_inf: one number, float64 and float32; grad_scales (L), float32.
+  m.def(
+      "mtadam_update_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!) grad_norms, Tensor(f!) steps, Tensor? square_sums, float lr, "
+      "Tensor? lr_tensor, float[] betas, float eps, float weight_decay, bool decoupled, float[] ranks, int anchor, "
+      "float alive_eps, float max_scale, str nonfinite, Tensor? grad_scales, Tensor? found_inf, int first, "
+      "bool applies) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

@@ -26,6 +26,7 @@ def brought(run_script, module, first="torch"):
         "fastkit",
         "fastkit.ops",
         "fastkit.nn",
+        "fastkit.optim",
         "fastkit.info",
         "fastkit.methods.prilora",
         "fastkit.methods.prilora.files",
@@ -53,7 +54,7 @@ def test_import_does_not_touch_cuda(run_script):
             raise AssertionError("CUDA was initialised")
 
         torch.cuda._lazy_init = torch._C._cuda_init = torch.cuda.current_device = refuse
-        import fastkit.ops, fastkit.nn
+        import fastkit.ops, fastkit.nn, fastkit.optim
         assert not torch.cuda.is_initialized()
         """)
     assert done.returncode == 0, done.stderr

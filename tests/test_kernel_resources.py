@@ -31,7 +31,8 @@ TRITON_ARCHS = (80, 90, 100)
 
 # By kernel, without namespace fastkit and template arguments; of a Triton kernel, the name of its function.
 
-# That it reads and writes for a float32 sample of a signal and a filter, or element of activations.
+# That it reads and writes for a float32 sample of a signal and a filter, or element of activations, or of a
+# parameter under one term.
 BYTES: dict[str, str] = {
     "iir_scan_warps::Segments": "8; 4 if it composes maps",
     "iir_scan_warps::WalkTiles": "8; 4 if it composes maps",
@@ -51,6 +52,10 @@ BYTES: dict[str, str] = {
     "lora_linear_expand": "8; 4 if it does not add",
     "lora_linear_sum": "0; 4 a part",
     "lora_linear_warps::PruneRows": "13",
+    "mtadam_warps::SquareSums": "4",
+    "mtadam_warps::Totals": "0; 8 a chunk",
+    "mtadam_warps::Balance": "0; 20 a tensor and term",
+    "mtadam_warps::Update": "28; 12 for each term more; 8 if it has amsgrad",
 }
 
 # Why it has a stack, on the architectures where it does.

@@ -14,11 +14,13 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 
-from fastkit import info, nn, ops, reference
+from fastkit import info, nn, ops, optim, reference
 from fastkit._dispatch import Impl
 from fastkit.methods import prilora
 from fastkit.methods.prilora import config as prilora_config
 from fastkit.nn.adaptive_iir import Parameterization
+from fastkit.ops.mtadam import NonFinite
+from fastkit.optim.mtadam import OnNonFinite
 
 pytestmark = pytest.mark.native
 
@@ -30,6 +32,10 @@ fastkit.info.available(
 Impl: reference, cpu, cuda, triton
 
 Parameterization: sigmoid, triangle, polar, l1, raw
+
+NonFinite: skip, skip_term, propagate
+
+OnNonFinite: skip_step, skip_term, propagate
 
 Rounding: nearest, floor, budget
 
@@ -181,6 +187,38 @@ fastkit.ops.lora_linear_with_stats(
     impl: Impl | None = None,
 ) -> LinearWithStats
 
+fastkit.ops.mtadam_square_sums(
+    grads: Sequence[Tensor | None],
+    n: int,
+    *,
+    impl: Impl | None = None,
+) -> Tensor
+
+fastkit.ops.mtadam_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_norms: Tensor,
+    steps: Tensor,
+    *,
+    square_sums: Tensor | None = None,
+    max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    lr: float | Tensor,
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9),
+    eps: float = 1e-08,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    ranks: Sequence[float] | None = None,
+    anchor: int = 0,
+    alive_eps: float = 1e-10,
+    max_scale: float | None = None,
+    nonfinite: NonFinite = 'skip',
+    grad_scales: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    impl: Impl | None = None,
+) -> None
+
 fastkit.ops.prune_rows_(
     lora_a: Tensor,
     input_norm: Tensor,
@@ -203,6 +241,77 @@ fastkit.ops.sosfilt(
     *,
     impl: Impl | None = None,
 ) -> Tensor
+
+fastkit.optim.MTAdam(
+    params: Any,
+    lr: float | Tensor = 0.001,
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9),
+    eps: float = 1e-08,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    *,
+    terms: int | Sequence[str] | None = None,
+    ranks: Sequence[float] | None = None,
+    decoupled_weight_decay: bool = False,
+    anchor: int | str = 0,
+    alive_eps: float = 1e-10,
+    max_scale: float | None = None,
+    mode: Literal['batched', 'streaming'] = 'batched',
+    on_nonfinite: OnNonFinite = 'skip_step',
+)
+
+properties of fastkit.optim.MTAdam: terms
+
+fastkit.optim.MTAdam.add_param_group(
+    param_group: dict[str, Any],
+) -> None
+
+fastkit.optim.MTAdam.add_term(
+    name: str,
+) -> None
+
+fastkit.optim.MTAdam.backward_term(
+    term: str | int,
+    loss: Tensor | None,
+    scaler: Any = None,
+    *,
+    retain_graph: bool | None = None,
+) -> None
+
+fastkit.optim.MTAdam.drop_term(
+    name: str,
+) -> None
+
+fastkit.optim.MTAdam.effective_weights(
+    param: Tensor,
+) -> dict[str, Tensor]
+
+fastkit.optim.MTAdam.grad_norms(
+    param: Tensor,
+) -> dict[str, Tensor]
+
+fastkit.optim.MTAdam.load_state_dict(
+    state_dict: dict[str, Any],
+) -> None
+
+fastkit.optim.MTAdam.state_dict(
+) -> dict[str, Any]
+
+fastkit.optim.MTAdam.step(
+    losses: Losses | Callable[[], Losses] | None = None,
+    ranks: Sequence[float] | None = None,
+    *,
+    closure: Callable[[], Losses] | None = None,
+) -> Losses | None
+
+fastkit.optim.MTAdam.step_from_grads(
+    grads: Sequence[Sequence[Tensor | None]] | Mapping[str, Sequence[Tensor | None]],
+    ranks: Sequence[float] | None = None,
+) -> None
+
+fastkit.optim.MTAdam.zero_grad(
+    set_to_none: bool = True,
+) -> None
 
 fastkit.reference.IIRState(
     y: Tensor,
@@ -269,6 +378,37 @@ fastkit.reference.lora_linear_with_stats(
     mask: Tensor | None = None,
     lora_x: Tensor | None = None,
 ) -> LinearWithStats
+
+fastkit.reference.mtadam_square_sums(
+    grads: Sequence[Tensor | None],
+    n: int,
+) -> Tensor
+
+fastkit.reference.mtadam_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_norms: Tensor,
+    steps: Tensor,
+    *,
+    square_sums: Tensor | None = None,
+    max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    lr: float | Tensor,
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9),
+    eps: float = 1e-08,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    ranks: Sequence[float] | None = None,
+    anchor: int = 0,
+    alive_eps: float = 1e-10,
+    max_scale: float | None = None,
+    nonfinite: str = 'skip',
+    grad_scales: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    first: int = 0,
+    applies: bool = True,
+) -> None
 
 fastkit.reference.prune_rows_(
     lora_a: Tensor,
@@ -461,8 +601,9 @@ state_dict of fastkit.nn.PRILoRALinear(torch.nn.Linear(6, 4), 2):
     base_layer.bias (4,)
 """
 
-MODULES = (nn, ops, reference, prilora)
+MODULES = (nn, ops, optim, reference, prilora)
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
+ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite}
 ALIASES |= {name: value for name, value in vars(prilora_config).items() if get_origin(value) is Literal}
 STATE_DICTS = [
     "AdaptiveIIR(6)",

@@ -68,23 +68,6 @@ struct Layout {
   }
 };
 
-#ifdef FASTKIT_WITH_CUDA
-// What a launcher asks for; freed when its work has been launched, which PyTorch's allocator allows on one stream.
-struct Memory {
-  const Tensor& like;
-  std::vector<Tensor> blocks;
-
-  void* operator()(int64_t bytes) {
-    blocks.push_back(new_empty(like, {bytes}, ScalarType::Byte));
-    return blocks.back().data_ptr();
-  }
-};
-
-void check_launch(const char* error) {
-  FASTKIT_CHECK(error == nullptr, "iir_scan: a CUDA kernel could not be launched: ", error);
-}
-#endif
-
 // Where packed sequences begin, and their chunks. On the GPU the values are not looked at, but made to fit.
 struct Packing {
   std::vector<int64_t> values;
@@ -108,8 +91,8 @@ struct Packing {
       void* const stream = current_stream(x.get_device_index());
       const bool one = chunk == kOneChunk;
       const auto unpack = [&](const auto* values) {
-        check_launch(
-            iir_scan_unpack_cuda(values, sequences, x.size(2), chunk, one, data, data + sequences + 1, stream));
+        check_launch("iir_scan", iir_scan_unpack_cuda(values, sequences, x.size(2), chunk, one, data,
+                                                      data + sequences + 1, stream));
       };
       if (narrow) {
         unpack(static_cast<const int32_t*>(dense.data_ptr()));
@@ -309,8 +292,8 @@ void run(const IirScanForward<E>& p, const Tensor& x) {
     return run_cpu(kernels.forward, kernels.units(p), p);
   }
 #ifdef FASTKIT_WITH_CUDA
-  Memory memory{x, {}};
-  check_launch(iir_scan_forward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
+  StreamMemory memory{x};
+  check_launch("iir_scan", iir_scan_forward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
 #endif
 }
 
@@ -322,8 +305,8 @@ void run(const IirScanBackward<E>& p, const Tensor& x) {
     return run_cpu(kernels.backward, kernels.units(p), p);
   }
 #ifdef FASTKIT_WITH_CUDA
-  Memory memory{x, {}};
-  check_launch(iir_scan_backward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
+  StreamMemory memory{x};
+  check_launch("iir_scan", iir_scan_backward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
 #endif
 }
 

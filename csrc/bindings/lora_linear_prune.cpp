@@ -108,8 +108,7 @@ struct Table {
     if (like.is_cpu()) return run_cpu();
 #ifdef FASTKIT_WITH_CUDA
     void* const stream = current_stream(like.get_device_index());
-    const char* error = prune_rows_cuda(matrices.data(), static_cast<int64_t>(matrices.size()), stream);
-    FASTKIT_CHECK(error == nullptr, "prune_rows_: a CUDA kernel could not be launched: ", error);
+    check_launch("prune_rows_", prune_rows_cuda(matrices.data(), static_cast<int64_t>(matrices.size()), stream));
 #endif
   }
 

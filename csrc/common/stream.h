@@ -1,8 +1,12 @@
-// The CUDA stream that PyTorch works on. The function behind it is in CUDA builds of torch alone: weak, so that one
-// library loads everywhere.
+// The CUDA stream that PyTorch works on, and memory for what runs there. The function behind the stream is in CUDA
+// builds of torch alone: weak, so that one library loads everywhere.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
+#include <vector>
 
 #include "common/check.h"
 
@@ -16,6 +20,21 @@ inline void* current_stream(int32_t device) {
       aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device, &stream) == 0;
   FASTKIT_CHECK(found, "fastkit: this torch has no CUDA stream to give; install a CUDA build of torch");
   return stream;
+}
+
+// What a launcher asks for; freed when its work has been launched, which PyTorch's allocator allows on one stream.
+struct StreamMemory {
+  const torch::stable::Tensor& like;
+  std::vector<torch::stable::Tensor> blocks = {};
+
+  void* operator()(int64_t bytes) {
+    blocks.push_back(torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte));
+    return blocks.back().data_ptr();
+  }
+};
+
+inline void check_launch(const char* op, const char* error) {
+  FASTKIT_CHECK(error == nullptr, op, ": a CUDA kernel could not be launched: ", error);
 }
 
 }  // namespace fastkit

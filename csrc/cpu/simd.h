@@ -144,6 +144,23 @@ FASTKIT_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+template <class T>
+FASTKIT_INLINE Vec<T> square_root(Vec<T> v) {
+#if defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 64
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);  // plain, gcc 12 warns
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm256_sqrt_ps((__m256)v);
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(FASTKIT_X86)
+  if constexpr (IsSame<T, float>) return (Vec<T>)_mm_sqrt_ps((__m128)v);
+  if constexpr (IsSame<T, double>) return (Vec<T>)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = IsSame<T, float> ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // Of single numbers.
 FASTKIT_INLINE float fma_one(float a, float b, float c) {
 #ifdef __FMA__

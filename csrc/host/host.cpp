@@ -96,10 +96,12 @@ void backward(const std::string& isa, const Array<T>& gy, const Array<T>& x, con
 
 void bind_iir_scan_warps(py::module_& m);
 void bind_lora_linear_prune(py::module_& m);
+void bind_mtadam(py::module_& m);
 
 PYBIND11_MODULE(_host, m) {
   bind_iir_scan_warps(m);
   bind_lora_linear_prune(m);
+  bind_mtadam(m);
   m.def("isas", &isas);
   // noconvert: results are written in place, so no argument may be a converted copy.
   const auto exact = [](const char* name) { return py::arg(name).noconvert(); };

@@ -12,7 +12,7 @@ import torch
 from fastkit import __version__, _native
 from fastkit._dispatch import IMPLS, Kernels, unavailable
 
-STEMS = ("iir_scan", "lora_linear")
+STEMS = ("iir_scan", "lora_linear", "mtadam")
 
 
 def available(stem: str) -> dict[str, bool | str]:

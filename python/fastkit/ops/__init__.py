@@ -9,5 +9,7 @@ from fastkit.ops.lora_linear import lora_linear_with_stats as lora_linear_with_s
 from fastkit.ops.lora_linear_prune import column_norms as column_norms
 from fastkit.ops.lora_linear_prune import prune_rows_ as prune_rows_
 from fastkit.ops.lora_linear_prune import prune_rows_grouped_ as prune_rows_grouped_
+from fastkit.ops.mtadam import mtadam_square_sums as mtadam_square_sums
+from fastkit.ops.mtadam import mtadam_update_ as mtadam_update_
 from fastkit.reference import IIRState as IIRState
 from fastkit.reference import LinearWithStats as LinearWithStats

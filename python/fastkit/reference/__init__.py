@@ -11,3 +11,5 @@ from fastkit.reference.lora_linear import lora_linear as lora_linear
 from fastkit.reference.lora_linear import lora_linear_with_stats as lora_linear_with_stats
 from fastkit.reference.lora_linear import prune_rows_ as prune_rows_
 from fastkit.reference.lora_linear import prune_rows_grouped_ as prune_rows_grouped_
+from fastkit.reference.mtadam import mtadam_square_sums as mtadam_square_sums
+from fastkit.reference.mtadam import mtadam_update_ as mtadam_update_

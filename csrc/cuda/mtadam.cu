@@ -1,0 +1,38 @@
+// mtadam on the GPU: launches the warps of fastkit/mtadam_warps.h, where the algorithm is.
+#include "common/launch.cuh"
+#include "fastkit/mtadam_cuda.h"
+#include "fastkit/mtadam_warps.h"
+
+namespace fastkit {
+namespace {
+
+template <class Launch>
+const char* launch(void* stream, const std::function<void*(int64_t)>& memory, Launch&& on) {
+  CudaStream cuda{static_cast<cudaStream_t>(stream), memory};
+  on(cuda);
+  return cuda.error == cudaSuccess ? nullptr : cudaGetErrorString(cuda.error);
+}
+
+}  // namespace
+
+template <class E>
+const char* mtadam_update_cuda(const MTAdam<E>& call, void* stream, const std::function<void*(int64_t)>& memory) {
+  return launch(stream, memory, [&](CudaStream& on) { mtadam_warps::update(call, on); });
+}
+
+template <class E>
+const char* mtadam_square_sums_cuda(const MTAdam<E>& call, double* square_sums, void* stream,
+                                    const std::function<void*(int64_t)>& memory) {
+  return launch(stream, memory, [&](CudaStream& on) { mtadam_warps::square_sums(call, square_sums, on); });
+}
+
+#define FASTKIT_INSTANTIATE(E)                                                                            \
+  template const char* mtadam_update_cuda(const MTAdam<E>&, void*, const std::function<void*(int64_t)>&); \
+  template const char* mtadam_square_sums_cuda(const MTAdam<E>&, double*, void*, const std::function<void*(int64_t)>&);
+FASTKIT_INSTANTIATE(float)
+FASTKIT_INSTANTIATE(double)
+FASTKIT_INSTANTIATE(BFloat16)
+FASTKIT_INSTANTIATE(Half)
+#undef FASTKIT_INSTANTIATE
+
+}  // namespace fastkit

@@ -1,0 +1,3 @@
+"""Drop-in ``torch.optim.Optimizer`` classes; ordinary state_dicts."""
+
+from fastkit.optim.mtadam import MTAdam as MTAdam

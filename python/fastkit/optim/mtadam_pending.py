@@ -1,0 +1,98 @@
+"""The gradients that wait for MTAdam's step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = list[
+    Tensor | None
+]  # one for each parameter of the optimizer; None where the term does not reach it
+
+
+class Pending:
+    """What has been given of the terms of one step."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, int] = {}  # that each term has been given
+        self.gradients: dict[str, Gradients] = {}  # batched mode: their sums
+        self.folded: list[int] = []  # streaming mode: of each parameter, the terms that are in its moments
+        self._owned: set[str] = set()  # terms whose gradients are nobody else's memory
+        self._scales: dict[str, Tensor] = {}  # what a GradScaler has multiplied a term's loss with
+        self._bad_loss: Tensor | None = None
+
+    def count(self, term: str) -> None:
+        self.times[term] = self.times.get(term, 0) + 1
+
+    def add(self, term: str, grads: Gradients) -> None:
+        """To what the term has so far."""
+        before = self.gradients.get(term)
+        if before is None:
+            self.gradients[term] = grads
+            return
+        pairs = [
+            (i, a, b)
+            for i, (a, b) in enumerate(zip(before, grads, strict=True))
+            if a is not None and b is not None
+        ]
+        totals: Gradients = [b if a is None else a for a, b in zip(before, grads, strict=True)]
+        for i, old, new in pairs:  # what autograd gives may be another gradient's memory too
+            totals[i] = old.add_(new) if term in self._owned else old + new
+        if len(pairs) == sum(total is not None for total in totals):
+            self._owned.add(term)
+        self.gradients[term] = totals
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Whether it is finite; nothing waits for the device."""
+        bad = ~loss.detach().isfinite().reshape(())
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad.to(self._bad_loss.device)
+
+    # --- GradScaler
+
+    def fits_scaler(self, term: str, scaler: Any) -> bool:
+        """Whether what the term has already is scaled, if it is."""
+        return term not in self.gradients or (term in self._scales) == (scaler is not None)
+
+    def scale_of(self, term: str, loss: Tensor, scaler: Any) -> Tensor:
+        """What the loss is to be multiplied with: in one step each time alike."""
+        if term in self._scales:
+            return self._scales[term]
+        return scaler.scale(torch.ones((), dtype=torch.float32, device=loss.device))
+
+    @property
+    def knows_scales(self) -> bool:
+        """Of every term that has gradients."""
+        return self._scales.keys() == self.gradients.keys()
+
+    def show(self, term: str, scale: Tensor, params: Sequence[Tensor], grads: Gradients) -> None:
+        """Add scaled gradients to p.grad, or begin it: a GradScaler looks for inf there."""
+        begins = not self._scales
+        self._scales[term] = scale
+        for param, grad in zip(params, grads, strict=True):
+            before = None if begins else param.grad
+            if grad is None or before is None:
+                param.grad = before if grad is None else grad.clone()
+            else:
+                before.add_(grad)
+
+    @property
+    def shows(self) -> bool:
+        """Whether p.grad is ours."""
+        return bool(self._scales)
+
+    def scales(self, terms: Sequence[str], device: torch.device) -> Tensor | None:
+        """(L,) float32, or None where there are none."""
+        if not self._scales:
+            return None
+        one = torch.ones((), dtype=torch.float32, device=device)
+        return torch.stack([self._scales.get(term, one).to(device).reshape(()) for term in terms])
+
+    def found_inf(self, of_scaler: Tensor | None, device: torch.device) -> Tensor | None:
+        """Not 0 where a loss was not finite, or a GradScaler has found inf."""
+        found = [f for f in (self._bad_loss, of_scaler) if isinstance(f, Tensor)]
+        if not found:
+            return None
+        return torch.stack([f.to(device, torch.float32).reshape(()) for f in found]).sum()

@@ -1,0 +1,181 @@
+"""The state of MTAdam: what it is of one parameter, how kernels take that of many, what may be loaded."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def keys_of(terms: Sequence[str], amsgrad: bool) -> list[str]:
+    """Of one parameter's state."""
+    keys = ["step", "exp_avg", *(f"exp_avg_sq.{term}" for term in terms)]
+    keys += [f"grad_norm.{term}" for term in terms]
+    return [*keys, "max_exp_avg_sq"] if amsgrad else keys
+
+
+def is_scalar(key: str) -> bool:
+    return key == "step" or key.startswith("grad_norm.")
+
+
+def new_entry(param: Tensor, key: str) -> Tensor:
+    """Zeros: a number or, in the parameter's strides, a moment of each element."""
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    if is_scalar(key):
+        return torch.zeros((), dtype=dtype, device=param.device)
+    return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+
+def new_state(group: dict[str, Any], param: Tensor) -> State:
+    return {key: new_entry(param, key) for key in keys_of(group["terms"], group["amsgrad"])}
+
+
+class Bucket:
+    """The parameters of one group, device and dtype that have state, as kernels take them.
+
+    Numbers of one parameter each are packed into two tensors, of which the entries of their states are views.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], indices: list[int], params: list[Tensor], states: list[State]
+    ) -> None:
+        terms, amsgrad = group["terms"], group["amsgrad"]
+        self.indices = indices  # among all parameters of the optimizer
+        self.params = params
+        device = params[0].device
+        self.steps = torch.stack([state["step"].to(device) for state in states])
+        norms = [[state[f"grad_norm.{term}"].to(device) for term in terms] for state in states]
+        self.grad_norms = torch.stack([torch.stack(of_param) for of_param in norms])
+        for state, step, of_param in zip(states, self.steps.unbind(), self.grad_norms.unbind(), strict=True):
+            state["step"] = step
+            for term, norm in zip(terms, of_param.unbind(), strict=True):
+                state[f"grad_norm.{term}"] = norm
+        self.exp_avgs = [state["exp_avg"] for state in states]
+        self.exp_avg_sqs = [state[f"exp_avg_sq.{term}"] for term in terms for state in states]
+        self.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if amsgrad else []
+        self._entries = _entries(states)
+
+    def is_of(self, group: dict[str, Any], indices: list[int], states: Iterable[State]) -> bool:
+        """Whether these parameters have this state, still: entries may have been replaced from outside."""
+        entries = _entries(states)
+        return (
+            indices == self.indices
+            and group["amsgrad"] == bool(self.max_exp_avg_sqs)
+            and len(entries) == len(self._entries)
+            and all(map(operator.is_, entries, self._entries))
+        )
+
+
+def _entries(states: Iterable[State]) -> list[Tensor]:
+    return [entry for state in states for entry in state.values()]
+
+
+class Part:
+    """Some parameters of a bucket."""
+
+    def __init__(self, bucket: Bucket, rows: list[int]) -> None:
+        n = len(bucket.params)
+        self.params = [bucket.params[row] for row in rows]
+        self.exp_avgs = [bucket.exp_avgs[row] for row in rows]
+        self.exp_avg_sqs = [
+            bucket.exp_avg_sqs[begin + row] for begin in range(0, len(bucket.exp_avg_sqs), n) for row in rows
+        ]
+        self.max_exp_avg_sqs = [bucket.max_exp_avg_sqs[row] for row in rows] if bucket.max_exp_avg_sqs else []
+        self.grad_norms = bucket.grad_norms[rows]
+        self.steps = bucket.steps[rows]
+
+
+@contextmanager
+def rows_of(bucket: Bucket, rows: list[int] | None) -> Iterator[Bucket | Part]:
+    """The bucket, or its rows; numbers that are written go back to it."""
+    if rows is None or len(rows) == len(bucket.params):
+        yield bucket
+        return
+    part = Part(bucket, rows)
+    yield part
+    bucket.grad_norms[rows] = part.grad_norms
+    bucket.steps[rows] = part.steps
+
+
+class Buckets:
+    """Those of each group, packed anew where their parameters or states are others than the last time."""
+
+    def __init__(self) -> None:
+        self._of_group: dict[int, list[Bucket]] = {}
+
+    def prepared(
+        self,
+        groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, State],
+        reached: Callable[[int], bool],
+    ) -> Iterator[tuple[dict[str, Any], Bucket]]:
+        """The parameters that have state, or are reached now and get it."""
+        begin = 0
+        for number, group in enumerate(groups):
+            params = group["params"]
+            own: dict[int, State] = {}
+            kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+            for i, param in enumerate(params, begin):
+                state = states.get(param)
+                if not state:
+                    if not reached(i):
+                        continue
+                    states[param] = state = new_state(group, param)
+                if group["amsgrad"] and "max_exp_avg_sq" not in state:  # turned on in training
+                    state["max_exp_avg_sq"] = new_entry(param, "max_exp_avg_sq")
+                own[i] = state
+                kinds.setdefault((param.device, param.dtype), []).append(i)
+            buckets = self._of_group.get(number, [])
+            if len(buckets) != len(kinds) or not all(
+                bucket.is_of(group, indices, [own[i] for i in indices])
+                for bucket, indices in zip(buckets, kinds.values(), strict=True)
+            ):
+                buckets = [
+                    Bucket(group, indices, [params[i - begin] for i in indices], [own[i] for i in indices])
+                    for indices in kinds.values()
+                ]
+                self._of_group[number] = buckets
+            for bucket in buckets:
+                yield group, bucket
+            begin += len(params)
+
+
+def check_loaded(
+    state: Mapping[int, Any],
+    groups: Sequence[Mapping[str, Any]],
+    params: Mapping[int, Tensor],
+    terms: Sequence[str] | None,
+) -> None:
+    """Refuse, before anything has changed, a saved state that is not of these parameters or terms."""
+    op = "MTAdam.load_state_dict"
+    for group in groups:
+        saved = group.get("terms")
+        if "terms" not in group:
+            raise ValueError(f"{op}: param_groups have no terms; the state must be that of an MTAdam")
+        if terms is not None and saved is not None and list(saved) != list(terms):
+            raise ValueError(
+                f"{op}: the terms must be those of this optimizer, {list(terms)}, got {list(saved)};"
+                " add_term or drop_term makes them alike"
+            )
+        for index in group["params"]:
+            of_param = state.get(index)
+            if not of_param:
+                continue
+            param = params[index]
+            for key in keys_of(saved or (), group["amsgrad"]):
+                entry = of_param.get(key)
+                want = () if is_scalar(key) else tuple(param.shape)
+                if not isinstance(entry, Tensor) or tuple(entry.shape) != want:
+                    got = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
+                    raise ValueError(f"{op}: {key!r} of parameter {index} must have shape {want}, got {got}")
+
+
+def loaded(param: Tensor, key: str, entry: Tensor) -> Tensor:
+    """A copy of a saved entry, in the dtype of state (torch would cast it to the parameter's)."""
+    return new_entry(param, key).copy_(entry)
