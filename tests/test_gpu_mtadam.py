@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkit import ops
 from fastkit._dispatch import unavailable
 from fastkit.ops.mtadam import KERNELS
+from fastkit.optim import MTAdam
 from fastkit.reference.mtadam import mtadam_square_sums, mtadam_update_
 
 pytestmark = [pytest.mark.native]
@@ -251,3 +252,75 @@ def test_nothing_waits_for_the_device(impl):
         state.update(ops.mtadam_update_, impl=impl, square_sums=sums, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# The optimizer
+
+MODES = [
+    pytest.param({}, id="batched"),
+    pytest.param({"mode": "streaming", "on_nonfinite": "skip_term"}, id="streaming"),
+]
+
+
+def heads(options: dict[str, Any]) -> tuple[list[torch.nn.Parameter], MTAdam]:
+    """A trunk and two heads, the second of which the first term does not reach."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(300, 40, device="cuda")) for _ in range(3)]
+    return params, MTAdam(params, lr=torch.tensor(1e-2, device="cuda"), terms=2, **options)
+
+
+def losses(params: list[torch.nn.Parameter]) -> list[Tensor]:
+    trunk, first, second = params
+    return [(trunk * first).square().sum(), (trunk * second).abs().sum()]
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_step_of_the_optimizer_waits_for_nothing(impl, options):
+    params, optimizer = heads(options)
+    for _ in range(2):  # makes state, and what is copied to the device once
+        optimizer.step(losses(params))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            optimizer.step(losses(params))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.state[params[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_graph_replays_a_step_of_the_optimizer(impl, options):
+    (params, optimizer), (others, expected) = heads(options), heads(options)
+    generator = torch.Generator("cuda").manual_seed(0)
+    grads = [[torch.randn(300, 40, device="cuda", generator=generator) for _ in range(3)] for _ in range(2)]
+    given = [[grads[0][0], grads[0][1], None], [grads[1][0], None, grads[1][2]]]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        optimizer.step_from_grads(given)
+    torch.cuda.synchronize()
+    expected.step_from_grads(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        optimizer.step_from_grads(given)
+    for _ in range(3):
+        torch._foreach_mul_([g for of_term in grads for g in of_term], 1.5)
+        graph.replay()
+        expected.step_from_grads(given)
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, params, others))
+
+
+def test_a_scaler_on_the_gpu(impl):
+    """Of powers of two: the bits of training without it; inf skips a step."""
+    (params, optimizer), (others, expected) = heads({}), heads({})
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    for step in range(4):
+        for term, loss in enumerate(losses(params)):
+            optimizer.backward_term(term, loss * torch.inf if step == 2 and term else loss, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 2:
+            expected.step(losses(others))
+    assert all(map(torch.equal, params, others))
+    assert scaler.get_scale() == 512

@@ -58,7 +58,8 @@ class CpuCall {
     int64_t elements = 0;
     for (int64_t i = 0; i < call_.count; ++i) elements += tensor(i).numel;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t workers = std::clamp<int64_t>(elements * call_.rule.folded / kSerialElements + 1, 1, threads);
+    const int64_t passes = call_.rule.applies ? call_.rule.terms : call_.rule.folded;
+    const int64_t workers = std::clamp<int64_t>(elements * passes / kSerialElements + 1, 1, threads);
     std::vector<int64_t> order;
     for (int64_t i = 0; i < call_.count; ++i) {
       if (workers > 1 && tensor(i).numel > elements / (4 * workers) && blocks(i) > 1) {

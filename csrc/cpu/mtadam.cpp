@@ -7,8 +7,8 @@
 //            each at a time: that hides more of the memory's latency than one term after the other, block by block. So
 //            do four places of a gradient for its square sum.
 // Bytes      fp32, per element: g 4 L, again 4 L where a gradient has left the caches, v 8 L, m 8, p 8.
-// Numerics   squares are summed in T, 128 at most, and those sums in double, by blocks in order: the number of
-//            threads changes nothing. The step is done in T; a parameter in half precision is rounded once.
+// Numerics   squares are summed in T through 130 roundings at most, and those sums in double, by blocks in order: the
+//            number of threads changes nothing. The step is done in T; a parameter in half precision is rounded once.
 #include "fastkit/mtadam.h"
 
 #include "cpu/simd.h"
@@ -32,7 +32,7 @@ FASTKIT_INLINE double sum_of(Vec<E> v) {
 template <class E>
 FASTKIT_INLINE double square_sum(const E* x, int64_t n) {
   using T = Arithmetic<E>;
-  constexpr int64_t kRun = 128 * kLanes<E>;  // of no sum in T more than 128 squares
+  constexpr int64_t kRun = 128 * kLanes<E>;  // 128 roundings of a sum in T
   const int64_t quarter = n / (kSums * kLanes<E>) * kLanes<E>;
   double total = 0;
   for (int64_t begin = 0; begin < quarter; begin += kRun) {

@@ -97,7 +97,11 @@ def of_adam(make_net, losses):
         ),
         (other_shapes, "'exp_avg_sq.right' of parameter 3 must have shape (3,), got (4,)"),
         (without_a_norm, "'grad_norm.size' of parameter 0 must have shape (), got NoneType"),
-        (of_adam, "param_groups have no terms; the state must be that of an MTAdam"),
+        (
+            of_adam,
+            "param_groups have no alive_eps, anchor, max_scale, ranks, terms; the state must be that of an"
+            " MTAdam",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(

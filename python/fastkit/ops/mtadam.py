@@ -63,9 +63,10 @@ def mtadam_square_sums(
         TypeError: a gradient is no dense tensor of a dtype above, or dtypes differ.
         RuntimeError: ``impl`` cannot run here, or gradients are on different devices.
 
-    Numerics: squares are summed in float32 (float64 for float64), at most 130 of them, and those sums in
-    float64, in a fixed order: ``|error| <= 66 eps sum``, and the number of threads changes no bit. The
-    square of a float32 gradient beyond 1.8e19 is inf.
+    Numerics: squares are summed in float32 (float64 for float64) through at most 130 roundings, and those
+    sums in float64, in a fixed order: ``|error| <= 66 eps sum``, of n float64 elements ``(80 + n / 16384)
+    eps sum``, and the number of threads changes no bit. The square of a float32 gradient beyond 1.8e19 is
+    inf.
 
     Support: not differentiable; deterministic; DTensor is refused, pass local tensors.
 

@@ -69,6 +69,9 @@ class MTAdam(torch.optim.Optimizer):
             gradient, its tensor is left as it is. ``"skip_term"``: a gradient whose norm it is counts as
             zeros. ``"propagate"``: nothing is looked at, a term whose norm is NaN is not scaled.
 
+    Gradients are not reduced over processes: with ``DistributedDataParallel``, average each term's and give
+    them to ``step_from_grads``.
+
     A term that does not reach a parameter, as another task's head, is a gradient of zeros there; a parameter
     that no term reaches in a step, or that is frozen, is left as it is, with its state.
 
@@ -179,11 +182,13 @@ class MTAdam(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as of every optimizer; the terms are those that there are."""
         self._refuse_within_a_step("add_param_group")
-        if self.param_groups and param_group.get("terms") is None:
-            param_group = {**param_group, "terms": self.param_groups[0]["terms"]}
+        if isinstance(param_group, dict):
+            terms = param_group.get("terms")
+            known = self.param_groups[0]["terms"] if self.param_groups else self.defaults["terms"]
+            terms = known if terms is None else names_of(terms)
+            param_group = {**param_group, "terms": None if terms is None else list(terms)}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["terms"] = None if group["terms"] is None else list(group["terms"])
         try:
             if group["terms"] != self.param_groups[0]["terms"]:
                 raise ValueError(
@@ -203,9 +208,10 @@ class MTAdam(torch.optim.Optimizer):
             raise ValueError(
                 f"MTAdam.add_term: name must be a new one beside {list(self.terms)}, got {name!r}"
             )
+        terms = [*self.terms, name]
         for group in (*self.param_groups, self.defaults):
             group["ranks"] = None if group["ranks"] is None else [*group["ranks"], 1.0]
-            group["terms"] = [*self.terms, name] if group is self.defaults else [*group["terms"], name]
+            group["terms"] = list(terms)
         for param in self._params():
             if state := self.state.get(param):
                 for key in (f"exp_avg_sq.{name}", f"grad_norm.{name}"):
@@ -254,15 +260,26 @@ class MTAdam(torch.optim.Optimizer):
         Returns:
             The losses, detached, as they were given; None without.
         """
+        if losses is not None and closure is not None:
+            raise ValueError("MTAdam.step: losses and closure give the same; pass one of them")
         if callable(losses):
             losses, closure = None, losses
         if closure is not None:
-            if losses is not None:
-                raise ValueError("MTAdam.step: losses and closure give the same; pass one of them")
             with torch.enable_grad():
                 losses = closure()
-        if getattr(self, "found_inf", None) is not None:  # GradScaler.step has set it for this call
+            if losses is None:
+                raise ValueError("MTAdam.step: the closure must return the losses, got None")
+        if getattr(self, "found_inf", None) is None:  # which GradScaler.step sets for its call
+            return self._step(losses, ranks)
+        try:
             self._check_scaler(losses)
+            return self._step(losses, ranks)
+        except BaseException:
+            for name in ("found_inf", "grad_scale"):  # GradScaler does that after a step alone
+                delattr(self, name)
+            raise
+
+    def _step(self, losses: Losses | None, ranks: Sequence[float] | None) -> Losses | None:
         if losses is not None:
             return self._step_of_losses(losses, ranks)
         if not self._pending.times:
@@ -287,14 +304,14 @@ class MTAdam(torch.optim.Optimizer):
                 "losses cannot go through GradScaler.step, whose check for inf comes before; call"
                 " backward_term(term, loss, scaler=scaler) for each, then scaler.step(optimizer)"
             )
+        elif not self._pending.times:
+            text = "no term has been given; call backward_term(term, loss, scaler=scaler) for each first"
         elif not self._pending.knows_scales:
             text = (
                 "of GradScaler.step every term must know the scale; call"
                 " backward_term(term, loss, scaler=scaler)"
             )
         if text is not None:
-            for name in ("found_inf", "grad_scale"):  # GradScaler does that after a step alone
-                delattr(self, name)
             raise RuntimeError(f"MTAdam.step: {text}")
 
     def _step_of_losses(self, losses: Losses, ranks: Sequence[float] | None) -> Losses:
@@ -397,12 +414,14 @@ class MTAdam(torch.optim.Optimizer):
         of_term = named(op, grads, self.terms)
         if ranks is not None:
             check_ranks(op, ranks, len(of_term))
+        given: dict[str, Gradients] = {}
         for term, of_params in of_term.items():
-            check_gradients(op, term, of_params, params)
-        with self._terms_of_step(list(of_term)):
-            for term, of_params in of_term.items():
-                self._take(term, list(of_params), ranks)
-            self._finish(ranks)
+            given[term] = [None] * len(params) if of_params is None else list(of_params)
+            check_gradients(op, term, given[term], params)
+        with self._terms_of_step(list(given)):
+            for term, of_params in given.items():
+                self._take(term, of_params, ranks)
+            self.step(ranks=None if self.mode == "streaming" else ranks)  # as schedulers and hooks see it
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of every optimizer; terms that wait for ``step()`` are forgotten too, unless they are folded."""
@@ -428,7 +447,7 @@ class MTAdam(torch.optim.Optimizer):
                     group["terms"] = None
             raise
         finally:
-            if not self._pending.folded:
+            if not any(self._pending.folded):
                 self._forget()
 
     def _name(self, op: str, term: str | int) -> str:
@@ -457,6 +476,8 @@ class MTAdam(torch.optim.Optimizer):
     ) -> None:
         params = self._params()
         wanted = [i for i, param in enumerate(params) if param.requires_grad]
+        if not wanted:
+            raise ValueError(f"{op}: all parameters are frozen; let one at least require a gradient")
         scale = None if scaler is None else self._pending.scale_of(term, loss, scaler)
         found = torch.autograd.grad(
             loss if scale is None else loss * scale.to(loss.dtype),
@@ -481,11 +502,11 @@ class MTAdam(torch.optim.Optimizer):
 
     def _take(self, term: str, grads: Gradients, ranks: Sequence[float] | None) -> None:
         """Gradients of one term: kept until ``step()``, or folded."""
-        self._pending.count(term)
         if self.mode == "streaming":
             self._update().fold((self.terms or ()).index(term), grads, ranks)
         else:
             self._pending.add(term, grads)
+        self._pending.count(term)
 
     def _forget(self) -> None:
         if self._pending.shows:
@@ -545,7 +566,7 @@ class MTAdam(torch.optim.Optimizer):
                 len(g["params"]) for g in self.param_groups
             ]:
                 return  # which torch refuses
-            check_loaded(state_dict["state"], state_dict["param_groups"], params(), terms)
+            check_loaded(state_dict["state"], state_dict["param_groups"], self.param_groups, params(), terms)
             for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
                 check_group({**group, "params": own["params"]}, self.mode)
 

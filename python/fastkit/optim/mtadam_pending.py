@@ -20,7 +20,7 @@ class Pending:
         self.times: dict[str, int] = {}  # that each term has been given
         self.gradients: dict[str, Gradients] = {}  # batched mode: their sums
         self.folded: list[int] = []  # streaming mode: of each parameter, the terms that are in its moments
-        self._owned: set[str] = set()  # terms whose gradients are nobody else's memory
+        self._owned: dict[str, set[int]] = {}  # of each term, the gradients that are nobody else's memory
         self._scales: dict[str, Tensor] = {}  # what a GradScaler has multiplied a term's loss with
         self._bad_loss: Tensor | None = None
 
@@ -39,10 +39,10 @@ class Pending:
             if a is not None and b is not None
         ]
         totals: Gradients = [b if a is None else a for a, b in zip(before, grads, strict=True)]
+        owned = self._owned.setdefault(term, set())
         for i, old, new in pairs:  # what autograd gives may be another gradient's memory too
-            totals[i] = old.add_(new) if term in self._owned else old + new
-        if len(pairs) == sum(total is not None for total in totals):
-            self._owned.add(term)
+            totals[i] = old.add_(new) if i in owned else old + new
+            owned.add(i)
         self.gradients[term] = totals
 
     def note_loss(self, loss: Tensor) -> None:

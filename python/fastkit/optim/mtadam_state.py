@@ -60,16 +60,30 @@ class Bucket:
         self.exp_avg_sqs = [state[f"exp_avg_sq.{term}"] for term in terms for state in states]
         self.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if amsgrad else []
         self._entries = _entries(states)
+        self._numbers = [entry for state in states for key, entry in state.items() if is_scalar(key)]
+        self._addresses = [number.data_ptr() for number in self._numbers]
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def is_of(self, group: dict[str, Any], indices: list[int], states: Iterable[State]) -> bool:
-        """Whether these parameters have this state, still: entries may have been replaced from outside."""
+    def is_of(
+        self, group: dict[str, Any], indices: list[int], params: list[Tensor], states: list[State]
+    ) -> bool:
+        """Whether these are its parameters and their state: either may be replaced from outside."""
         entries = _entries(states)
         return (
             indices == self.indices
             and group["amsgrad"] == bool(self.max_exp_avg_sqs)
             and len(entries) == len(self._entries)
+            and all(map(operator.is_, params, self.params))
             and all(map(operator.is_, entries, self._entries))
+            and [number.data_ptr() for number in self._numbers] == self._addresses  # or their .data
         )
+
+    def index_of(self, rows: list[int]) -> Tensor:
+        """On the device, to which it is copied once."""
+        key = tuple(rows)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(rows, device=self.steps.device)
+        return self._indices[key]
 
 
 def _entries(states: Iterable[State]) -> list[Tensor]:
@@ -87,8 +101,9 @@ class Part:
             bucket.exp_avg_sqs[begin + row] for begin in range(0, len(bucket.exp_avg_sqs), n) for row in rows
         ]
         self.max_exp_avg_sqs = [bucket.max_exp_avg_sqs[row] for row in rows] if bucket.max_exp_avg_sqs else []
-        self.grad_norms = bucket.grad_norms[rows]
-        self.steps = bucket.steps[rows]
+        index = bucket.index_of(rows)
+        self.grad_norms = bucket.grad_norms.index_select(0, index)
+        self.steps = bucket.steps.index_select(0, index)
 
 
 @contextmanager
@@ -99,8 +114,9 @@ def rows_of(bucket: Bucket, rows: list[int] | None) -> Iterator[Bucket | Part]:
         return
     part = Part(bucket, rows)
     yield part
-    bucket.grad_norms[rows] = part.grad_norms
-    bucket.steps[rows] = part.steps
+    index = bucket.index_of(rows)
+    bucket.grad_norms.index_copy_(0, index, part.grad_norms)
+    bucket.steps.index_copy_(0, index, part.steps)
 
 
 class Buckets:
@@ -131,15 +147,15 @@ class Buckets:
                     state["max_exp_avg_sq"] = new_entry(param, "max_exp_avg_sq")
                 own[i] = state
                 kinds.setdefault((param.device, param.dtype), []).append(i)
+            members = [
+                (indices, [params[i - begin] for i in indices], [own[i] for i in indices])
+                for indices in kinds.values()
+            ]
             buckets = self._of_group.get(number, [])
-            if len(buckets) != len(kinds) or not all(
-                bucket.is_of(group, indices, [own[i] for i in indices])
-                for bucket, indices in zip(buckets, kinds.values(), strict=True)
+            if len(buckets) != len(members) or not all(
+                bucket.is_of(group, *member) for bucket, member in zip(buckets, members, strict=True)
             ):
-                buckets = [
-                    Bucket(group, indices, [params[i - begin] for i in indices], [own[i] for i in indices])
-                    for indices in kinds.values()
-                ]
+                buckets = [Bucket(group, *member) for member in members]
                 self._of_group[number] = buckets
             for bucket in buckets:
                 yield group, bucket
@@ -149,15 +165,18 @@ class Buckets:
 def check_loaded(
     state: Mapping[int, Any],
     groups: Sequence[Mapping[str, Any]],
+    own_groups: Sequence[Mapping[str, Any]],
     params: Mapping[int, Tensor],
     terms: Sequence[str] | None,
 ) -> None:
     """Refuse, before anything has changed, a saved state that is not of these parameters or terms."""
     op = "MTAdam.load_state_dict"
-    for group in groups:
-        saved = group.get("terms")
-        if "terms" not in group:
-            raise ValueError(f"{op}: param_groups have no terms; the state must be that of an MTAdam")
+    for group, own in zip(groups, own_groups, strict=True):
+        if lacking := sorted(own.keys() - group.keys() - {"param_names"}):
+            raise ValueError(
+                f"{op}: param_groups have no {', '.join(lacking)}; the state must be that of an MTAdam"
+            )
+        saved = group["terms"]
         if terms is not None and saved is not None and list(saved) != list(terms):
             raise ValueError(
                 f"{op}: the terms must be those of this optimizer, {list(terms)}, got {list(saved)};"

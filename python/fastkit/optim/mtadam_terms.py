@@ -143,6 +143,8 @@ def _check_gradient(op: str, name: str, grad: Tensor, param: Tensor) -> None:
 
 
 def _check_dense(op: str, name: str, tensor: Tensor) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{op}: {name} is a DTensor, which is not supported; pass local tensors")
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{op}: {name} must be dense, got {tensor.layout}; of torch.nn.Embedding, leave sparse=True out"

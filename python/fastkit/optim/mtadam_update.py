@@ -40,7 +40,11 @@ class Update:
 
     def fold(self, term: int, grads: Gradients, ranks: Sequence[float] | None) -> None:
         """One term's gradients into the moments, after zeros for terms that have missed the parameter."""
-        folded = self.pending.folded or [0] * len(grads)
+        if any(anchor_of(group) != 0 for group in self.groups):  # changed in param_groups
+            raise ValueError(
+                "MTAdam: streaming mode takes the first term as the anchor, got another in param_groups"
+            )
+        folded = self.pending.folded = self.pending.folded or [0] * len(grads)
         reached = [grad is not None for grad in grads]
         for group, bucket in self._buckets(reached.__getitem__):
             for first, rows in _by_first(
@@ -49,7 +53,8 @@ class Update:
                 missed: Gradients = [None] * ((term - first) * len(rows))
                 now = [grads[bucket.indices[row]] for row in rows]
                 self._call(group, bucket, rows, missed + now, ranks, first, applies=False)
-        self.pending.folded = [term + 1 if there else n for n, there in zip(folded, reached, strict=True)]
+                for row in rows:
+                    folded[bucket.indices[row]] = term + 1
 
     def apply(self) -> None:
         """Zeros for the terms that are lacking, and parameters move that a term has reached."""
