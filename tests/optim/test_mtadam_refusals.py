@@ -67,8 +67,12 @@ LOSSES = {
         "the loss of term 'right' reaches none of the parameters; pass None for a term that has no gradient"
         " in this step",
     ),
-    "a tensor": (lambda g: g["left"], TypeError, f"{LIST} a tensor; pass [loss]"),
-    "a stack": (lambda g: torch.stack(list(g.values())), TypeError, f"{LIST} a tensor; pass [loss]"),
+    "a tensor": (lambda g: g["left"], TypeError, f"{LIST} a tensor; pass [loss] or list(losses)"),
+    "a stack": (
+        lambda g: torch.stack(list(g.values())),
+        TypeError,
+        f"{LIST} a tensor; pass [loss] or list(losses)",
+    ),
     "a generator": (lambda g: (loss for loss in g.values()), TypeError, f"{LIST} generator"),
     "a text": (lambda g: "left", TypeError, f"{LIST} str"),
     "all None": (lambda g: dict.fromkeys(g), ValueError, "one loss at least must not be None"),
