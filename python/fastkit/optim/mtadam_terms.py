@@ -30,7 +30,8 @@ def named(op: str, given: Any, terms: Sequence[str] | None) -> dict[str, Any]:
     """What is given for each term, a list or a dict, by the term's name and in the order of the terms."""
     if isinstance(given, Tensor):
         raise TypeError(
-            f"{op}: losses must be a list of scalars, or a dict of them, got a tensor; pass [loss] or list(losses)"
+            f"{op}: losses must be a list of scalars, or a dict of them, got a tensor; pass [loss] or"
+            " list(losses)"
         )
     if not isinstance(given, (Mapping, Sequence)) or isinstance(given, str):
         raise TypeError(
