@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Gradients = list[
-    Tensor | None
-]  # one for each parameter of the optimizer; None where the term does not reach it
+Gradients = list[Tensor | None]
+"""Of one term, for each parameter of the optimizer; None where the term does not reach it."""
 
 
 class Pending:
