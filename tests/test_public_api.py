@@ -258,9 +258,10 @@ fastkit.optim.MTAdam(
     max_scale: float | None = None,
     mode: Literal['batched', 'streaming'] = 'batched',
     on_nonfinite: OnNonFinite = 'skip_step',
+    process_group: Group | Literal['default'] | None = 'default',
 )
 
-properties of fastkit.optim.MTAdam: terms
+properties of fastkit.optim.MTAdam: process_group, terms
 
 fastkit.optim.MTAdam.add_param_group(
     param_group: dict[str, Any],

@@ -190,15 +190,6 @@ def test_all_frozen(make_net, losses):
     refused(ValueError, text, optimizer.step, given)
 
 
-def test_a_distributed_parameter_is_refused():
-    class DTensor(torch.Tensor):
-        pass
-
-    param = torch.ones(2).as_subclass(DTensor).requires_grad_()
-    text = "MTAdam: parameter 0 of the group is a DTensor, which is not supported; pass local tensors"
-    refused(TypeError, text, MTAdam, [param])
-
-
 def test_a_fold_that_stops_between_groups_is_remembered(make_net, losses, everything, assert_same):
     """It is not folded again: ``step()`` ends the step, by the terms and groups that are folded."""
     runs = []

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastkit.ops.mtadam import NonFinite
 from fastkit.ops.mtadam_checks import check_ranks
-from fastkit.optim.mtadam_pending import Gradients, Pending
+from fastkit.optim.mtadam_pending import Pending
+from fastkit.optim.mtadam_processes import Gradients, Group, Processes, as_sharded, by_backward
 from fastkit.optim.mtadam_state import Buckets, check_loaded, is_scalar, loaded, new_entry, new_state
 from fastkit.optim.mtadam_terms import Losses, check_gradients, check_group, check_loss, named, names_of
 from fastkit.optim.mtadam_update import Update, anchor_of
@@ -65,12 +66,16 @@ class MTAdam(torch.optim.Optimizer):
             ``"streaming"`` folds a term into the moments as soon as it is differentiated, and holds one set.
             It gives the same numbers, but cannot undo a term: ``on_nonfinite`` must not be ``"skip_step"``,
             terms must come in their order, once a step and unscaled, and the anchor must be the first.
+        process_group: the processes whose gradients are averaged; by default all, if there are several. None:
+            no others, or gradients that are averaged already.
         on_nonfinite: what a NaN or inf does. ``"skip_step"``: of a loss, nothing is updated; of the norm of a
             gradient, its tensor is left as it is. ``"skip_term"``: a gradient whose norm it is counts as
             zeros. ``"propagate"``: nothing is looked at, a term whose norm is NaN is not scaled.
 
-    Gradients are not reduced over processes: with ``DistributedDataParallel``, average each term's and give
-    them to ``step_from_grads``.
+    On several processes a step takes the mean of their gradients, term by term, unasked: autograd does not
+    hand those of several losses to ``DistributedDataParallel``. All processes must step at the same time,
+    with a term that one has not as None. Parameters that are DTensors, as those of FSDP2, are differentiated
+    by ``loss.backward()``, and have the mean from there; their norms are those of the whole parameter.
 
     A term that does not reach a parameter, as another task's head, is a gradient of zeros there; a parameter
     that no term reaches in a step, or that is frozen, is left as it is, with its state.
@@ -81,7 +86,8 @@ class MTAdam(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option, a loss, or the terms of a step are not as above.
-        TypeError: a parameter or a gradient is sparse, complex, a DTensor or of another dtype.
+        TypeError: a parameter or a gradient is sparse, complex or of another dtype.
+        RuntimeError: in a step: the processes have other parameters or terms than each other.
 
     Source: Malkiel, Wolf, "MTAdam: Automatic Balancing of Multiple Training Loss Terms", EMNLP 2021, and the
     behaviour of the authors' code; ``docs/ops/mtadam.md`` has what is our choice.
@@ -116,6 +122,7 @@ class MTAdam(torch.optim.Optimizer):
         max_scale: float | None = None,
         mode: Literal["batched", "streaming"] = "batched",
         on_nonfinite: OnNonFinite = "skip_step",
+        process_group: Group | Literal["default"] | None = "default",
     ) -> None:
         if mode not in ("batched", "streaming"):
             raise ValueError(f"MTAdam: mode must be batched or streaming, got {mode!r}")
@@ -130,6 +137,7 @@ class MTAdam(torch.optim.Optimizer):
             )
         self.mode = mode
         self.on_nonfinite = on_nonfinite
+        self._processes = Processes(process_group)
         self._begin()
         defaults = {
             "lr": lr,
@@ -158,6 +166,11 @@ class MTAdam(torch.optim.Optimizer):
         """The names of the terms, in order; None before they are known."""
         terms = self.param_groups[0]["terms"]
         return None if terms is None else tuple(terms)
+
+    @property
+    def process_group(self) -> Group | Literal["default"] | None:
+        """The processes whose gradients are averaged, as given."""
+        return self._processes.given
 
     def grad_norms(self, param: Tensor) -> dict[str, Tensor]:
         """The running norms of a parameter's gradients, by term: copies, on its device; {} before a step."""
@@ -321,7 +334,7 @@ class MTAdam(torch.optim.Optimizer):
         if ranks is not None:
             check_ranks(op, ranks, len(of_term))
         present = {term: loss for term, loss in of_term.items() if loss is not None}
-        if not present:
+        if not present and self._processes.group is None:
             raise ValueError(f"{op}: one loss at least must not be None")
         for term, loss in present.items():
             check_loss(op, term, loss)
@@ -479,16 +492,19 @@ class MTAdam(torch.optim.Optimizer):
         if not wanted:
             raise ValueError(f"{op}: all parameters are frozen; let one at least require a gradient")
         scale = None if scaler is None else self._pending.scale_of(term, loss, scaler)
-        found = torch.autograd.grad(
-            loss if scale is None else loss * scale.to(loss.dtype),
-            [params[i] for i in wanted],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        scaled = loss if scale is None else loss * scale.to(loss.dtype)
+        of = [params[i] for i in wanted]
+        sharded = any(as_sharded(param) is not None for param in of)
+        if sharded:
+            found = by_backward(scaled, of, retain_graph)
+        else:
+            found = torch.autograd.grad(scaled, of, retain_graph=retain_graph, allow_unused=True)
         if all(grad is None for grad in found):
             raise ValueError(
                 f"{op}: the loss of term {term!r} reaches none of the parameters; pass None for a term that"
                 " has no gradient in this step"
+                + ", and leave set_requires_gradient_sync(True), without which FSDP2 adds up the terms"
+                * sharded
             )
         grads: Gradients = [None] * len(params)
         for i, grad in zip(wanted, found, strict=True):
@@ -503,10 +519,28 @@ class MTAdam(torch.optim.Optimizer):
     def _take(self, term: str, grads: Gradients, ranks: Sequence[float] | None) -> None:
         """Gradients of one term: kept until ``step()``, or folded."""
         if self.mode == "streaming":
-            self._update().fold((self.terms or ()).index(term), grads, ranks)
+            self._fold((self.terms or ()).index(term), grads, ranks)
         else:
             self._pending.add(term, grads)
         self._pending.count(term)
+
+    def _fold(self, term: int, grads: Gradients, ranks: Sequence[float] | None) -> None:
+        """On several processes together, as zeros those terms before it that this one has not been given."""
+        if self._processes.group is None:
+            self._update().fold(term, grads, ranks)
+            return
+        nothing: Gradients = [None] * len(grads)
+        for index in range(self._pending.ended, term + 1):
+            own = grads if index == term else nothing
+            (means,), _ = self._mean([own], [None], None)
+            self._update().fold(index, means, ranks)
+            self._pending.ended = index + 1
+
+    def _mean(
+        self, grads: list[Gradients], scales: list[Tensor | None], found_inf: Tensor | None
+    ) -> tuple[list[Gradients], Tensor]:
+        op, params, terms = "MTAdam.step", self._params(), self.terms or ()
+        return self._processes.mean(op, params, terms, grads, scales, found_inf)
 
     def _forget(self) -> None:
         if self._pending.shows:
@@ -520,11 +554,27 @@ class MTAdam(torch.optim.Optimizer):
         """Update by the terms that have been given, and forget them."""
         try:
             if self.mode == "streaming":
+                if self._processes.group is not None and self._pending.ended < len(self.terms or ()):
+                    self._fold(len(self.terms or ()) - 1, [None] * len(self._params()), ranks)
                 self._update().apply()
             else:
+                self._share()
                 self._update().at_once(ranks)
         finally:
             self._forget()
+
+    def _share(self) -> None:
+        """Go on with the means over all processes."""
+        if self._processes.group is None:
+            return
+        pending, params, terms = self._pending, self._params(), list(self.terms or ())
+        nothing: Gradients = [None] * len(params)
+        means, found_inf = self._mean(
+            [pending.gradients.get(term, nothing) for term in terms],
+            [pending.scale(term) for term in terms],
+            pending.found_inf(getattr(self, "found_inf", None), params[0].device),
+        )
+        pending.take_over(dict(zip(terms, means, strict=True)), found_inf)
 
     def _update(self) -> Update:
         found_inf = getattr(self, "found_inf", None)
@@ -535,10 +585,19 @@ class MTAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_within_a_step("__getstate__")
-        return {**super().__getstate__(), "mode": self.mode, "on_nonfinite": self.on_nonfinite}
+        if self.process_group not in (None, "default"):
+            raise RuntimeError(
+                "MTAdam: an optimizer with a process_group of its own cannot be copied or pickled; make a new"
+                " one, and load this one's state_dict"
+            )
+        own = {name: getattr(self, name) for name in ("mode", "on_nonfinite", "process_group")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        own = dict(state)  # of a copy; load_state_dict hands over what is in files alone
+        if "process_group" in own:
+            self._processes = Processes(own.pop("process_group"))
+        super().__setstate__(own)
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:

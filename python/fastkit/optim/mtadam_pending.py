@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Gradients = list[Tensor | None]
-"""Of one term, for each parameter of the optimizer; None where the term does not reach it."""
+from fastkit.optim.mtadam_processes import Gradients, local
 
 
 class Pending:
@@ -19,8 +18,10 @@ class Pending:
         self.times: dict[str, int] = {}  # that each term has been given
         self.gradients: dict[str, Gradients] = {}  # batched mode: their sums
         self.folded: list[int] = []  # streaming mode: of each parameter, the terms that are in its moments
+        self.ended = 0  # streaming mode, on several processes: the terms that all have folded
         self._owned: dict[str, set[int]] = {}  # of each term, the gradients that are nobody else's memory
         self._scales: dict[str, Tensor] = {}  # what a GradScaler has multiplied a term's loss with
+        self._found_inf: Tensor | None = None  # of all processes; gradients are then means, and unscaled
         self._bad_loss: Tensor | None = None
 
     def count(self, term: str) -> None:
@@ -46,8 +47,13 @@ class Pending:
 
     def note_loss(self, loss: Tensor) -> None:
         """Whether it is finite; nothing waits for the device."""
-        bad = ~loss.detach().isfinite().reshape(())
+        bad = ~local(loss.detach()).isfinite().reshape(())  # of a sharded loss, one part at least is not
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad.to(self._bad_loss.device)
+
+    def take_over(self, means: dict[str, Gradients], found_inf: Tensor) -> None:
+        """Go on with what all processes have together."""
+        self.gradients = means
+        self._found_inf = found_inf
 
     # --- GradScaler
 
@@ -82,15 +88,20 @@ class Pending:
         """Whether p.grad is ours."""
         return bool(self._scales)
 
+    def scale(self, term: str) -> Tensor | None:
+        return self._scales.get(term)
+
     def scales(self, terms: Sequence[str], device: torch.device) -> Tensor | None:
         """(L,) float32, or None where there are none."""
-        if not self._scales:
+        if not self._scales or self._found_inf is not None:
             return None
         one = torch.ones((), dtype=torch.float32, device=device)
         return torch.stack([self._scales.get(term, one).to(device).reshape(()) for term in terms])
 
     def found_inf(self, of_scaler: Tensor | None, device: torch.device) -> Tensor | None:
         """Not 0 where a loss was not finite, or a GradScaler has found inf."""
+        if self._found_inf is not None:
+            return self._found_inf.to(device)
         found = [f for f in (self._bad_loss, of_scaler) if isinstance(f, Tensor)]
         if not found:
             return None

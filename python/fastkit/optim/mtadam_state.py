@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkit.optim.mtadam_processes import layout_of, local
+
 State = dict[str, Tensor]
 
 
@@ -37,7 +39,7 @@ def new_state(group: dict[str, Any], param: Tensor) -> State:
 
 
 class Bucket:
-    """The parameters of one group, device and dtype that have state, as kernels take them.
+    """The parameters of one group, device, dtype and layout that have state, as kernels take them.
 
     Numbers of one parameter each are packed into two tensors, of which the entries of their states are views.
     """
@@ -56,9 +58,9 @@ class Bucket:
             state["step"] = step
             for term, norm in zip(terms, of_param.unbind(), strict=True):
                 state[f"grad_norm.{term}"] = norm
-        self.exp_avgs = [state["exp_avg"] for state in states]
-        self.exp_avg_sqs = [state[f"exp_avg_sq.{term}"] for term in terms for state in states]
-        self.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if amsgrad else []
+        self.exp_avgs = [local(state["exp_avg"]) for state in states]
+        self.exp_avg_sqs = [local(state[f"exp_avg_sq.{term}"]) for term in terms for state in states]
+        self.max_exp_avg_sqs = [local(state["max_exp_avg_sq"]) for state in states] if amsgrad else []
         self._entries = _entries(states)
         self._numbers = [entry for state in states for key, entry in state.items() if is_scalar(key)]
         self._addresses = [number.data_ptr() for number in self._numbers]
@@ -136,7 +138,7 @@ class Buckets:
         for number, group in enumerate(groups):
             params = group["params"]
             own: dict[int, State] = {}
-            kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+            kinds: dict[tuple[Any, ...], list[int]] = {}
             for i, param in enumerate(params, begin):
                 state = states.get(param)
                 if not state:
@@ -146,7 +148,7 @@ class Buckets:
                 if group["amsgrad"] and "max_exp_avg_sq" not in state:  # turned on in training
                     state["max_exp_avg_sq"] = new_entry(param, "max_exp_avg_sq")
                 own[i] = state
-                kinds.setdefault((param.device, param.dtype), []).append(i)
+                kinds.setdefault((param.device, param.dtype, layout_of(param)), []).append(i)
             members = [
                 (indices, [params[i - begin] for i in indices], [own[i] for i in indices])
                 for indices in kinds.values()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkit.ops._checks import FLOATING
 from fastkit.ops.mtadam_checks import check_betas, check_max_scale, check_number, check_ranks
+from fastkit.optim.mtadam_processes import as_sharded, layout_of
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
@@ -90,6 +91,12 @@ def check_group(group: dict[str, Any], mode: str) -> None:
             )
     for i, param in enumerate(group["params"]):
         _check_dense(op, f"parameter {i} of the group", param)
+        sharded = as_sharded(param)
+        if sharded is not None and any(placement.is_partial() for placement in sharded.placements):
+            raise TypeError(
+                f"{op}: parameter {i} of the group must be sharded or replicated, got the placements"
+                f" {sharded.placements}; redistribute it"
+            )
         if param.dtype not in FLOATING:
             raise TypeError(
                 f"{op}: parameter {i} of the group must be floating point and real, got {param.dtype}"
@@ -120,6 +127,7 @@ def check_gradients(op: str, term: str, grads: Sequence[Tensor | None], params: 
     pairs = [(grad, param) for grad, param in zip(grads, params, strict=True) if grad is not None]
     if (  # at a glance: a model may have thousands
         all(type(grad) is Tensor for grad, _ in pairs)
+        and not any(as_sharded(param) is not None for _, param in pairs)
         and all(grad.layout is torch.strided for grad, _ in pairs)
         and [grad.shape for grad, _ in pairs] == [param.shape for _, param in pairs]
         and [grad.dtype for grad, _ in pairs] == [param.dtype for _, param in pairs]
@@ -137,6 +145,11 @@ def _check_gradient(op: str, name: str, grad: Tensor, param: Tensor) -> None:
     _check_dense(op, name, grad)
     if grad.shape != param.shape:
         raise ValueError(f"{op}: {name} must have its shape, {tuple(param.shape)}, got {tuple(grad.shape)}")
+    if layout_of(grad) != layout_of(param):
+        raise TypeError(
+            f"{op}: {name} must be laid out over processes as it is, {_layout(param)}, got {_layout(grad)};"
+            " redistribute it"
+        )
     if grad.dtype != param.dtype:
         raise TypeError(f"{op}: {name} must have its dtype, {param.dtype}, got {grad.dtype}; cast it")
     if grad.device != param.device:
@@ -144,9 +157,12 @@ def _check_gradient(op: str, name: str, grad: Tensor, param: Tensor) -> None:
 
 
 def _check_dense(op: str, name: str, tensor: Tensor) -> None:
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(f"{op}: {name} is a DTensor, which is not supported; pass local tensors")
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{op}: {name} must be dense, got {tensor.layout}; of torch.nn.Embedding, leave sparse=True out"
         )
+
+
+def _layout(tensor: Tensor) -> str:
+    sharded = as_sharded(tensor)
+    return "a plain tensor" if sharded is None else f"a DTensor with the placements {sharded.placements}"

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fastkit._dispatch import choose
-from fastkit.ops.mtadam import KERNELS, NonFinite, update_
-from fastkit.optim.mtadam_pending import Gradients, Pending
+from fastkit.ops.mtadam import KERNELS, NonFinite, mtadam_square_sums, update_
+from fastkit.optim.mtadam_pending import Pending
+from fastkit.optim.mtadam_processes import Gradients, layout_of, local, sum_over_parts
 from fastkit.optim.mtadam_state import Bucket, Buckets, State, rows_of
 
 
@@ -31,7 +32,7 @@ class Update:
     found_inf: Tensor | None  # a GradScaler's
 
     def at_once(self, ranks: Sequence[float] | None) -> None:
-        """One call for the parameters of a group, device and dtype."""
+        """One call for the parameters of a group, device, dtype and layout."""
         given = [self.pending.gradients.get(term, []) for term in self.groups[0]["terms"]]
         reached = {i for grads in given for i, grad in enumerate(grads) if grad is not None}
         for group, bucket in self._buckets(reached.__contains__):
@@ -79,15 +80,22 @@ class Update:
         applies: bool,
     ) -> None:
         device = bucket.params[0].device
+        impl = choose("MTAdam", None, bucket.params[0], KERNELS)
+        square_sums = None
+        if layout_of(bucket.params[0]) is not None:
+            grads = [None if grad is None else local(grad) for grad in grads]
+            if any(grad is not None for grad in grads):
+                square_sums = mtadam_square_sums(grads, len(rows or bucket.params), impl=impl)
+                square_sums = sum_over_parts(square_sums, bucket.params[0])
         with rows_of(bucket, rows) as part:
             update_(
-                part.params,
+                [local(param) for param in part.params],
                 grads,
                 part.exp_avgs,
                 part.exp_avg_sqs,
                 part.grad_norms,
                 part.steps,
-                square_sums=None,
+                square_sums=square_sums,
                 max_exp_avg_sqs=part.max_exp_avg_sqs,
                 lr=group["lr"],
                 betas=group["betas"],
@@ -101,7 +109,7 @@ class Update:
                 nonfinite=self.nonfinite,
                 grad_scales=self.pending.scales(group["terms"], device),
                 found_inf=self.pending.found_inf(self.found_inf, device),
-                impl=choose("MTAdam", None, bucket.params[0], KERNELS),
+                impl=impl,
                 first=first,
                 applies=applies,
             )

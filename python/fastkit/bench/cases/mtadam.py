@@ -11,7 +11,7 @@ Shapes = tuple[tuple[int, ...], ...]
 def cases(*, quick: bool = False) -> list[Case]:
     """A language model, BERT-base, and many small tensors."""
     if quick:
-        return [step.case("100x1k", ((1000,),) * 100, warm=True)]
+        return [step.case("100x1k", ((1000,),) * 100, warm=True, compile=False)]
     return [
         step.case("53M in 71", _decoder(7, 640, 29000)),
         step.case("BERT-base, 109M in 199", _encoder(12, 768, 30522)),
@@ -22,7 +22,7 @@ def cases(*, quick: bool = False) -> list[Case]:
 def demo_cases(*, quick: bool = False) -> list[Case]:
     """A small model, in memory or in the caches."""
     shapes = _decoder(1, 64, 500) if quick else _decoder(4, 320, 10000)
-    return [step.case(f"{_millions(shapes)} in {len(shapes)}", shapes, warm=quick)]
+    return [step.case(f"{_millions(shapes)} in {len(shapes)}", shapes, warm=quick, compile=not quick)]
 
 
 def gpu_cases() -> list[Case]:

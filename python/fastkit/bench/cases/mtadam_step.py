@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim.adam import adam
 
 from fastkit import reference
 from fastkit.bench.case import Call, Case
-from fastkit.bench.contest import DeviceType, Yardstick, makers_of_ours
+from fastkit.bench.contest import DeviceType, Yardstick, compiler, makers_of_ours
 from fastkit.ops.mtadam import KERNELS
 from fastkit.optim import MTAdam
 
@@ -25,7 +25,12 @@ _TERMS, _LR, _BETAS, _EPS = 3, 1e-3, (0.9, 0.999, 0.9), 1e-8
 
 
 def case(
-    name: str, shapes: tuple[tuple[int, ...], ...], *, warm: bool = False, device: DeviceType = "cpu"
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    *,
+    warm: bool = False,
+    compile: bool = True,
+    device: DeviceType = "cpu",
 ) -> Case:
     """Of three terms in float32; the floor reads gradients, reads and writes moments and parameters."""
     passes = _TERMS + 2 * (_TERMS + 1) + 2
@@ -34,7 +39,7 @@ def case(
         shape=f"{name}, L={_TERMS}",
         direction="fwd",
         floor_bytes=4 * passes * sum(map(numel, shapes)),
-        contest=partial(_Step, shapes, device),
+        contest=partial(_Step, shapes, compile, device),
         warm=warm,
         yardsticks=frozenset({FUSED, FOREACH}),
         device=device,
@@ -48,8 +53,9 @@ def numel(shape: tuple[int, ...]) -> int:
 class _Step:
     """Parameters after some steps: a call goes on from the one before, a new contestant from the start."""
 
-    def __init__(self, shapes: tuple[tuple[int, ...], ...], device: DeviceType) -> None:
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], compile: bool, device: DeviceType) -> None:
         self.shapes = shapes
+        self.compile = compile
         self.device: DeviceType = device
 
     @cached_property
@@ -76,9 +82,11 @@ class _Step:
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
+        compiled = {"compiled": self.make_compiled} if self.compile else {}
         return {
             **makers_of_ours(self.device, KERNELS, lambda impl: self.make_ours()),
             "foreach": self.make_foreach,
+            **compiled,
             FUSED: partial(self.make_adam, fused=True),
             FOREACH: partial(self.make_adam, fused=False),
         }
@@ -115,6 +123,33 @@ class _Step:
             params = [p.data for p in self.params]
             _by_foreach(params, self.grads, exp_avgs, exp_avg_sqs, norms, int(steps))
             return params, steps
+
+        return call
+
+    def make_compiled(self) -> Call:
+        """What a compiler makes of the step of one tensor, for any number of elements."""
+        form = compiler(self.device)(_of_one, dynamic=True)
+        exp_avgs, exp_avg_sqs, norms = self.merged
+        self.begin(*exp_avgs, *(v for of_term in exp_avg_sqs for v in of_term), norms)
+        steps = torch.zeros((), device=self.device)
+        rows = [
+            (norms[:, i], *(t.flatten() for t in (p.data, m, *gradients, *squares)))
+            for i, (p, m, gradients, squares) in enumerate(
+                zip(
+                    self.params,
+                    exp_avgs,
+                    zip(*self.grads, strict=True),
+                    zip(*exp_avg_sqs, strict=True),
+                    strict=True,
+                )
+            )
+        ]
+
+        def call() -> tuple[list[torch.nn.Parameter], Tensor]:
+            steps.add_(1)
+            for row in rows:
+                form(steps, *row)
+            return self.params, steps
 
         return call
 
@@ -223,3 +258,18 @@ def _by_foreach(
     torch._foreach_div_(most, math.sqrt(1 - beta2**step))
     torch._foreach_add_(most, _EPS)
     torch._foreach_addcdiv_(params, exp_avgs, most, -_LR / (1 - beta1**step))
+
+
+def _of_one(step: Tensor, norms: Tensor, param: Tensor, exp_avg: Tensor, *rest: Tensor) -> None:
+    """The same for one tensor, flat: its gradients and second moments of each term are the rest."""
+    grads, exp_avg_sqs = rest[:_TERMS], rest[_TERMS:]
+    beta1, beta2, beta3 = _BETAS
+    raw = torch.stack([g.square().sum() for g in grads]).sqrt()
+    norms.copy_(torch.where(step == 1, raw, norms.lerp(raw, 1 - beta3)))
+    scaled = [norms[0] / norms[term] * g for term, g in enumerate(grads)]
+    for v, h in zip(exp_avg_sqs, scaled, strict=True):
+        v.mul_(beta2).addcmul_(h, h, value=1 - beta2)
+    exp_avg.lerp_(sum(scaled[1:], scaled[0]), 1 - beta1)
+    most = reduce(torch.maximum, exp_avg_sqs)
+    denominator = (most / (1 - beta2**step)).sqrt() + _EPS
+    param.sub_(_LR / (1 - beta1**step) * exp_avg / denominator)
