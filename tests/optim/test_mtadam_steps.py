@@ -63,6 +63,13 @@ def by_index_and_own_graphs(net, optimizer, losses):
     optimizer.step()
 
 
+def by_term_and_an_empty_closure(net, optimizer, losses):
+    """As Lightning steps in manual optimization."""
+    for name, loss in losses(net).items():
+        optimizer.backward_term(name, loss)
+    optimizer.step(closure=lambda: None)
+
+
 def by_gradients(net, optimizer, losses):
     params = list(net.parameters())
     grads = {
@@ -86,7 +93,7 @@ def by_list_of_gradients(net, optimizer, losses):
 
 
 WAYS = [by_dict, by_shuffled_dict, by_list, by_closure, by_callable]
-WAYS += [by_term, by_index_and_own_graphs, by_gradients, by_list_of_gradients]
+WAYS += [by_term, by_index_and_own_graphs, by_term_and_an_empty_closure, by_gradients, by_list_of_gradients]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

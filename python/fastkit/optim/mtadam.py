@@ -268,7 +268,8 @@ class MTAdam(torch.optim.Optimizer):
                 has been called. (Without that too, where the terms are known, the state of parameters is made
                 that have none, and nothing else happens: torch.distributed.checkpoint asks for that.)
             ranks: the weights of the terms in this step, instead of those of the groups.
-            closure: a function without arguments that returns the losses; it does not call backward.
+            closure: a function without arguments that returns the losses, and does not call backward; or None
+                where ``backward_term`` has been called.
 
         Returns:
             The losses, detached, as they were given; None without.
@@ -280,7 +281,7 @@ class MTAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 losses = closure()
-            if losses is None:
+            if losses is None and not self._pending.times:
                 raise ValueError("MTAdam.step: the closure must return the losses, got None")
         if getattr(self, "found_inf", None) is None:  # which GradScaler.step sets for its call
             return self._step(losses, ranks)

@@ -1,4 +1,4 @@
-"""What fastkit adds to transformers: a callback of its Trainer for each method that needs one."""
+"""PRILoRACallback: PRILoRA in a Trainer."""
 
 from __future__ import annotations
 
