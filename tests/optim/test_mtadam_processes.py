@@ -288,7 +288,8 @@ def test_a_run_is_that_of_the_joint_batch_on_every_process(results, number):
     assert calls == also
     if CASES[number]["shards"] or CASES[number]["saved"]:
         return  # parts are reduced too, and a new optimizer compares anew
-    each = [11, None] * 3 if "streaming" in CASES[number]["name"] else [31, 461]
+    flags, numbers = 10, 461  # parameters; elements of the gradients that there are
+    each = [flags + 3, None] * 3 if "streaming" in CASES[number]["name"] else [3 * flags + 7, numbers]
     assert calls[0] == 2  # are all alike?
     assert [None if want is None else got for got, want in zip(calls[1:], each * 8, strict=True)] == each * 8
 
@@ -298,8 +299,8 @@ def test_what_is_told_on_each_process(results):
         "MTAdam.step: all processes must have the same terms and the same parameters in the same order, got"
         " others here; pass process_group=, the group of those that train one model, or None",
         "MTAdam.backward_term: the loss of term '0' reaches none of the parameters; pass None for a term that"
-        " has no gradient in this step, and leave set_requires_gradient_sync(True), without which FSDP2 adds"
-        " up the terms",
+        " has no gradient in this step; under FSDP2 leave set_requires_gradient_sync(True), and compute"
+        " penalties of parameters before the forward",
         "MTAdam.step_from_grads: the gradient of parameter 0 under term '0' must be laid out over processes"
         " as it is, a DTensor with the placements (Shard(dim=0),), got a plain tensor; redistribute it",
         "MTAdam: parameter 0 of the group must be sharded or replicated, got the placements (Partial(sum),);"

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkit.ops.mtadam import NonFinite
 from fastkit.ops.mtadam_checks import check_ranks
 from fastkit.optim.mtadam_pending import Pending
-from fastkit.optim.mtadam_processes import Gradients, Group, Processes, as_sharded, by_backward
+from fastkit.optim.mtadam_processes import Gradients, Group, Processes, as_sharded, by_backward, found_by_any
 from fastkit.optim.mtadam_state import Buckets, check_loaded, is_scalar, loaded, new_entry, new_state
 from fastkit.optim.mtadam_terms import Losses, check_gradients, check_group, check_loss, named, names_of
 from fastkit.optim.mtadam_update import Update, anchor_of
@@ -76,6 +76,9 @@ class MTAdam(torch.optim.Optimizer):
     hand those of several losses to ``DistributedDataParallel``. All processes must step at the same time,
     with a term that one has not as None. Parameters that are DTensors, as those of FSDP2, are differentiated
     by ``loss.backward()``, and have the mean from there; their norms are those of the whole parameter.
+    FSDP2 needs every loss on every process, and on the way from the model's output: ``0 * output.sum()`` in
+    the place of None, and added to losses of inner activations; penalties of parameters are to be computed
+    before the forward.
 
     A term that does not reach a parameter, as another task's head, is a gradient of zeros there; a parameter
     that no term reaches in a step, or that is frozen, is left as it is, with its state.
@@ -195,6 +198,7 @@ class MTAdam(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as of every optimizer; the terms are those that there are."""
         self._refuse_within_a_step("add_param_group")
+        self._processes.forget()
         if isinstance(param_group, dict):
             terms = param_group.get("terms")
             known = self.param_groups[0]["terms"] if self.param_groups else self.defaults["terms"]
@@ -230,6 +234,7 @@ class MTAdam(torch.optim.Optimizer):
                 for key in (f"exp_avg_sq.{name}", f"grad_norm.{name}"):
                     state[key] = new_entry(param, key)
         self._buckets = Buckets()
+        self._processes.forget()
 
     def drop_term(self, name: str) -> None:
         """One term less: its state is forgotten. The anchor cannot go, unless it is just index 0."""
@@ -250,6 +255,7 @@ class MTAdam(torch.optim.Optimizer):
             if state := self.state.get(param):
                 del state[f"exp_avg_sq.{name}"], state[f"grad_norm.{name}"]
         self._buckets = Buckets()
+        self._processes.forget()
 
     # --- a step
 
@@ -296,7 +302,7 @@ class MTAdam(torch.optim.Optimizer):
     def _step(self, losses: Losses | None, ranks: Sequence[float] | None) -> Losses | None:
         if losses is not None:
             return self._step_of_losses(losses, ranks)
-        if not self._pending.times:
+        if not self._pending.times and (not self.state or self._processes.group is None):
             self._step_of_nothing()
             return None
         if ranks is not None:
@@ -370,7 +376,8 @@ class MTAdam(torch.optim.Optimizer):
 
         Args:
             term: its name, or its index.
-            loss: a scalar; None, or no call at all, is a term without a gradient in this step.
+            loss: a scalar; None, or no call at all, is a term without a gradient in this step. On several
+                processes, of which one has no term in the first step, that one calls with None.
             scaler: a ``torch.amp.GradScaler``; it scales the loss, not the caller. The sum of the scaled
                 gradients is in ``p.grad`` until the step: ``scaler.step(optimizer)`` looks for inf there.
             retain_graph: whether the loss's graph is kept for another backward. Default: until all terms have
@@ -397,12 +404,14 @@ class MTAdam(torch.optim.Optimizer):
         if retain_graph is None:
             times = {t: self._pending.times.get(t, 0) + (t == name) for t in self.terms}
             retain_graph = len(set(times.values())) > 1
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
         if loss is None:
+            if self._processes.group is not None:  # others may have one
+                self._take_nothing(name, scaler)
             self._pending.count(name)
             return
         check_loss(op, name, loss)
-        if scaler is not None and not scaler.is_enabled():
-            scaler = None
         if not self._pending.fits_scaler(name, scaler):
             raise RuntimeError(
                 f"{op}: a term must be scaled in all its parts or in none, got {name!r} in both ways; pass"
@@ -504,7 +513,10 @@ class MTAdam(torch.optim.Optimizer):
             raise ValueError(
                 f"{op}: the loss of term {term!r} reaches none of the parameters; pass None for a term that"
                 " has no gradient in this step"
-                + ", and leave set_requires_gradient_sync(True), without which FSDP2 adds up the terms"
+                + (
+                    "; under FSDP2 leave set_requires_gradient_sync(True), and compute penalties of"
+                    " parameters before the forward"
+                )
                 * sharded
             )
         grads: Gradients = [None] * len(params)
@@ -525,6 +537,18 @@ class MTAdam(torch.optim.Optimizer):
             self._pending.add(term, grads)
         self._pending.count(term)
 
+    def _take_nothing(self, term: str, scaler: Any) -> None:
+        """In streaming mode now, as others fold now; and a scaler must find something to check."""
+        params = self._params()
+        nothing: Gradients = [None] * len(params)
+        if self.mode == "streaming":
+            self._fold((self.terms or ()).index(term), nothing, None)
+        elif scaler is not None and self._pending.fits_scaler(term, scaler):
+            zeros = torch.zeros_like(params[0])
+            scale = self._pending.scale_of(term, zeros, scaler)
+            self._pending.show(term, scale, params[:1], [zeros])
+            self._pending.add(term, nothing)
+
     def _fold(self, term: int, grads: Gradients, ranks: Sequence[float] | None) -> None:
         """On several processes together, as zeros those terms before it that this one has not been given."""
         if self._processes.group is None:
@@ -533,13 +557,14 @@ class MTAdam(torch.optim.Optimizer):
         nothing: Gradients = [None] * len(grads)
         for index in range(self._pending.ended, term + 1):
             own = grads if index == term else nothing
-            (means,), _ = self._mean([own], [None], None)
-            self._update().fold(index, means, ranks)
+            if any(as_sharded(param) is None for param in self._params()):
+                (own,), _, _ = self._mean([list(own)], [None], None)
+            self._update().fold(index, own, ranks)
             self._pending.ended = index + 1
 
     def _mean(
         self, grads: list[Gradients], scales: list[Tensor | None], found_inf: Tensor | None
-    ) -> tuple[list[Gradients], Tensor]:
+    ) -> tuple[list[Gradients], list[Tensor | None], Tensor]:
         op, params, terms = "MTAdam.step", self._params(), self.terms or ()
         return self._processes.mean(op, params, terms, grads, scales, found_inf)
 
@@ -566,16 +591,19 @@ class MTAdam(torch.optim.Optimizer):
 
     def _share(self) -> None:
         """Go on with the means over all processes."""
-        if self._processes.group is None:
-            return
         pending, params, terms = self._pending, self._params(), list(self.terms or ())
-        nothing: Gradients = [None] * len(params)
-        means, found_inf = self._mean(
-            [pending.gradients.get(term, nothing) for term in terms],
+        found_inf = pending.found_inf(getattr(self, "found_inf", None), params[0].device)
+        if self._processes.group is None:
+            if any(as_sharded(param) is not None for param in params):
+                pending.found(found_by_any(found_inf, params))
+            return
+        means, scales, found_inf = self._mean(
+            [pending.gradients.get(term) or [None] * len(params) for term in terms],
             [pending.scale(term) for term in terms],
-            pending.found_inf(getattr(self, "found_inf", None), params[0].device),
+            found_inf,
         )
-        pending.take_over(dict(zip(terms, means, strict=True)), found_inf)
+        of_terms = dict(zip(terms, scales, strict=True))
+        pending.take_over(dict(zip(terms, means, strict=True)), of_terms, found_inf)
 
     def _update(self) -> Update:
         found_inf = getattr(self, "found_inf", None)

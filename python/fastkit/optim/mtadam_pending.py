@@ -21,7 +21,8 @@ class Pending:
         self.ended = 0  # streaming mode, on several processes: the terms that all have folded
         self._owned: dict[str, set[int]] = {}  # of each term, the gradients that are nobody else's memory
         self._scales: dict[str, Tensor] = {}  # what a GradScaler has multiplied a term's loss with
-        self._found_inf: Tensor | None = None  # of all processes; gradients are then means, and unscaled
+        self._common: dict[str, Tensor] | None = None  # the same, of the means of several processes
+        self._found_inf: Tensor | None = None  # of all processes
         self._bad_loss: Tensor | None = None
 
     def count(self, term: str) -> None:
@@ -50,10 +51,17 @@ class Pending:
         bad = ~local(loss.detach()).isfinite().reshape(())  # of a sharded loss, one part at least is not
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad.to(self._bad_loss.device)
 
-    def take_over(self, means: dict[str, Gradients], found_inf: Tensor) -> None:
+    def take_over(
+        self, means: dict[str, Gradients], scales: dict[str, Tensor | None], found_inf: Tensor
+    ) -> None:
         """Go on with what all processes have together."""
         self.gradients = means
-        self._found_inf = found_inf
+        self._common = {term: scale for term, scale in scales.items() if scale is not None}
+        self.found(found_inf)
+
+    def found(self, found_inf: Tensor | None) -> None:
+        """What all processes have found."""
+        self._found_inf = None if found_inf is None else found_inf.reshape(())
 
     # --- GradScaler
 
@@ -93,10 +101,11 @@ class Pending:
 
     def scales(self, terms: Sequence[str], device: torch.device) -> Tensor | None:
         """(L,) float32, or None where there are none."""
-        if not self._scales or self._found_inf is not None:
+        scales = self._scales if self._common is None else self._common
+        if not scales:
             return None
         one = torch.ones((), dtype=torch.float32, device=device)
-        return torch.stack([self._scales.get(term, one).to(device).reshape(()) for term in terms])
+        return torch.stack([scales.get(term, one).to(device).reshape(()) for term in terms])
 
     def found_inf(self, of_scaler: Tensor | None, device: torch.device) -> Tensor | None:
         """Not 0 where a loss was not finite, or a GradScaler has found inf."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkit.optim.mtadam_processes import layout_of, local
+from fastkit.optim.mtadam_processes import as_sharded, layout_of, local
 
 State = dict[str, Tensor]
 
@@ -195,6 +195,12 @@ def check_loaded(
                 if not isinstance(entry, Tensor) or tuple(entry.shape) != want:
                     got = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
                     raise ValueError(f"{op}: {key!r} of parameter {index} must have shape {want}, got {got}")
+                if not is_scalar(key) and (as_sharded(entry) is None) != (as_sharded(param) is None):
+                    raise ValueError(
+                        f"{op}: {key!r} of parameter {index} must be a DTensor where the parameter is, and"
+                        " nowhere else; load by set_optimizer_state_dict of"
+                        " torch.distributed.checkpoint.state_dict"
+                    )
 
 
 def loaded(param: Tensor, key: str, entry: Tensor) -> Tensor:
