@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,7 @@ import numpy as np
 
 from fastkit._command import Refusal
 from fastkit.recipes._experiment import sha256
-
-Array = np.ndarray[Any, Any]
+from fastkit.recipes._npz import Array, described, read_arrays
 
 
 class Part(NamedTuple):
@@ -119,23 +117,10 @@ _KEYS = ("x_train", "len_train", "y_train", "x_test", "len_test", "y_test", "cla
 
 
 def _read_npz(path: Path) -> Series:
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not a zip archive")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: np.asarray(archive[key]) for key in _KEYS if key in archive}
-    except Exception as error:  # of half a dozen kinds, from zipfile, zlib and numpy
-        raise Refusal(
-            f"{path} must be an .npz of plain arrays, got one that cannot be read ({error})"
-        ) from error
-    missing = [key for key in _KEYS if key not in arrays]
-    if missing:
-        raise Refusal(
-            f"{path} must have the keys {', '.join(_KEYS)}, got a file without {', '.join(missing)}"
-        )
+    arrays = read_arrays(path, _KEYS)
     classes = arrays["classes"]
     if classes.ndim != 1 or classes.dtype.kind not in "Uiu":
-        raise Refusal(f"{path}: classes must be a list of names, got {_described(classes)}")
+        raise Refusal(f"{path}: classes must be a list of names, got {described(classes)}")
     names = [str(name) for name in classes.tolist()]
     return _checked(path.stem, path, _npz_part(path, arrays, "train"), _npz_part(path, arrays, "test"), names)
 
@@ -144,19 +129,15 @@ def _npz_part(path: Path, arrays: Mapping[str, Array], part: str) -> Part:
     x, lengths, y = (arrays[f"{key}_{part}"] for key in ("x", "len", "y"))
     if x.ndim != 3 or 0 in x.shape[1:] or x.dtype.kind not in "fiu":
         raise Refusal(
-            f"{path}: x_{part} must be numbers of shape (series, channels, time), got {_described(x)}"
+            f"{path}: x_{part} must be numbers of shape (series, channels, time), got {described(x)}"
         )
     for key, array in ((f"len_{part}", lengths), (f"y_{part}", y)):
         if array.shape != x.shape[:1] or array.dtype.kind not in "iu":
             raise Refusal(
                 f"{path}: {key} must be integers of shape {x.shape[:1]}, one for each series of x_{part}, got"
-                f" {_described(array)}"
+                f" {described(array)}"
             )
     return Part(x, lengths, y)
-
-
-def _described(array: Array) -> str:
-    return f"{array.dtype} of shape {array.shape}"
 
 
 # .ts
