@@ -12,7 +12,15 @@ from torch import Tensor
 from fastkit.ops.mtadam import NonFinite
 from fastkit.ops.mtadam_checks import check_ranks
 from fastkit.optim.mtadam_pending import Pending
-from fastkit.optim.mtadam_processes import Gradients, Group, Processes, as_sharded, by_backward, found_by_any
+from fastkit.optim.mtadam_processes import (
+    Gradients,
+    Group,
+    Processes,
+    any_sharded,
+    as_sharded,
+    by_backward,
+    found_by_any,
+)
 from fastkit.optim.mtadam_state import Buckets, check_loaded, is_scalar, loaded, new_entry, new_state
 from fastkit.optim.mtadam_terms import Losses, check_gradients, check_group, check_loss, named, names_of
 from fastkit.optim.mtadam_update import Update, anchor_of
@@ -440,7 +448,7 @@ class MTAdam(torch.optim.Optimizer):
         given: dict[str, Gradients] = {}
         for term, of_params in of_term.items():
             given[term] = [None] * len(params) if of_params is None else list(of_params)
-            check_gradients(op, term, given[term], params)
+        check_gradients(op, given, params)
         with self._terms_of_step(list(given)):
             for term, of_params in given.items():
                 self._take(term, of_params, ranks)
@@ -504,7 +512,7 @@ class MTAdam(torch.optim.Optimizer):
         scale = None if scaler is None else self._pending.scale_of(term, loss, scaler)
         scaled = loss if scale is None else loss * scale.to(loss.dtype)
         of = [params[i] for i in wanted]
-        sharded = any(as_sharded(param) is not None for param in of)
+        sharded = any_sharded(of)
         if sharded:
             found = by_backward(scaled, of, retain_graph)
         else:
@@ -522,7 +530,7 @@ class MTAdam(torch.optim.Optimizer):
         grads: Gradients = [None] * len(params)
         for i, grad in zip(wanted, found, strict=True):
             grads[i] = grad
-        check_gradients(op, term, grads, params)
+        check_gradients(op, {term: grads}, params)
         if scale is not None:
             self._pending.show(term, scale, params, grads)
         if self.on_nonfinite == "skip_step":
@@ -594,7 +602,7 @@ class MTAdam(torch.optim.Optimizer):
         pending, params, terms = self._pending, self._params(), list(self.terms or ())
         found_inf = pending.found_inf(getattr(self, "found_inf", None), params[0].device)
         if self._processes.group is None:
-            if any(as_sharded(param) is not None for param in params):
+            if any_sharded(params):
                 pending.found(found_by_any(found_inf, params))
             return
         means, scales, found_inf = self._mean(

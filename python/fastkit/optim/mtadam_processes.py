@@ -15,7 +15,7 @@ from torch import Tensor
 Gradients = list[Tensor | None]
 """Of one term, for each parameter of the optimizer; None where the term does not reach it."""
 Group = Any  # torch.distributed.ProcessGroup, where PyTorch has it
-_WHOLE = (Tensor, torch.nn.Parameter)
+_WHOLE = frozenset({Tensor, torch.nn.Parameter})
 
 
 def as_sharded(tensor: Any) -> Any:
@@ -23,6 +23,10 @@ def as_sharded(tensor: Any) -> Any:
     if type(tensor) in _WHOLE or "torch.distributed.tensor" not in sys.modules:
         return None
     return tensor if isinstance(tensor, sys.modules["torch.distributed.tensor"].DTensor) else None
+
+
+def any_sharded(tensors: Sequence[Any]) -> bool:
+    return not _WHOLE.issuperset(map(type, tensors)) and any(as_sharded(t) is not None for t in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkit.optim.mtadam_processes import as_sharded, layout_of, local
+from fastkit.optim.mtadam_processes import any_sharded, as_sharded, layout_of, local
 
 State = dict[str, Tensor]
 
@@ -63,7 +64,7 @@ class Bucket:
         self.max_exp_avg_sqs = [local(state["max_exp_avg_sq"]) for state in states] if amsgrad else []
         self._entries = _entries(states)
         self._numbers = [entry for state in states for key, entry in state.items() if is_scalar(key)]
-        self._addresses = [number.data_ptr() for number in self._numbers]
+        self._addresses = list(map(Tensor.data_ptr, self._numbers))
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def is_of(
@@ -77,7 +78,7 @@ class Bucket:
             and len(entries) == len(self._entries)
             and all(map(operator.is_, params, self.params))
             and all(map(operator.is_, entries, self._entries))
-            and [number.data_ptr() for number in self._numbers] == self._addresses  # or their .data
+            and list(map(Tensor.data_ptr, self._numbers)) == self._addresses  # or their .data
         )
 
     def index_of(self, rows: list[int]) -> Tensor:
@@ -89,7 +90,7 @@ class Bucket:
 
 
 def _entries(states: Iterable[State]) -> list[Tensor]:
-    return [entry for state in states for entry in state.values()]
+    return list(chain.from_iterable(map(dict.values, states)))
 
 
 class Part:
@@ -137,21 +138,10 @@ class Buckets:
         begin = 0
         for number, group in enumerate(groups):
             params = group["params"]
-            own: dict[int, State] = {}
-            kinds: dict[tuple[Any, ...], list[int]] = {}
-            for i, param in enumerate(params, begin):
-                state = states.get(param)
-                if not state:
-                    if not reached(i):
-                        continue
-                    states[param] = state = new_state(group, param)
-                if group["amsgrad"] and "max_exp_avg_sq" not in state:  # turned on in training
-                    state["max_exp_avg_sq"] = new_entry(param, "max_exp_avg_sq")
-                own[i] = state
-                kinds.setdefault((param.device, param.dtype, layout_of(param)), []).append(i)
+            own = _with_states(group, states, begin, reached)
             members = [
-                (indices, [params[i - begin] for i in indices], [own[i] for i in indices])
-                for indices in kinds.values()
+                (indices, [params[i - begin] for i in indices], [own[i - begin] for i in indices])
+                for indices in _kinds(params, own, begin)
             ]
             buckets = self._of_group.get(number, [])
             if len(buckets) != len(members) or not all(
@@ -162,6 +152,39 @@ class Buckets:
             for bucket in buckets:
                 yield group, bucket
             begin += len(params)
+
+
+def _with_states(
+    group: dict[str, Any],
+    states: MutableMapping[Tensor, State],
+    begin: int,
+    reached: Callable[[int], bool],
+) -> list[State]:
+    """Of each parameter of a group; empty of what is not reached yet."""
+    params = group["params"]
+    own = [state or {} for state in map(states.get, params)]
+    if not all(own):
+        for i, param in enumerate(params):
+            if not own[i] and reached(begin + i):
+                states[param] = own[i] = new_state(group, param)
+    if group["amsgrad"]:
+        for param, state in zip(params, own, strict=True):
+            if state and "max_exp_avg_sq" not in state:  # turned on in training
+                state["max_exp_avg_sq"] = new_entry(param, "max_exp_avg_sq")
+    return own
+
+
+_KIND = operator.attrgetter("device", "dtype")
+
+
+def _kinds(params: Sequence[Tensor], own: Sequence[State], begin: int) -> Iterable[list[int]]:
+    """The parameters that have state, by device, dtype and layout."""
+    layouts = map(layout_of, params) if any_sharded(params) else repeat(None, len(params))
+    kinds: dict[Any, list[int]] = {}
+    for i, (kind, layout, state) in enumerate(zip(map(_KIND, params), layouts, own, strict=True), begin):
+        if state:
+            kinds.setdefault((kind, layout), []).append(i)
+    return kinds.values()
 
 
 def check_loaded(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from fastkit.ops._checks import FLOATING
 from fastkit.ops.mtadam_checks import check_betas, check_max_scale, check_number, check_ranks
-from fastkit.optim.mtadam_processes import as_sharded, layout_of
+from fastkit.optim.mtadam_processes import any_sharded, as_sharded, layout_of
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
@@ -117,26 +119,34 @@ def check_loss(op: str, term: str, loss: Tensor) -> None:
         )
 
 
-def check_gradients(op: str, term: str, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-    """Those of one term: dense, and like their parameters."""
-    if len(grads) != len(params):
-        raise ValueError(
-            f"{op}: grads of term {term!r} must be one for each of the {len(params)} parameters, got"
-            f" {len(grads)}"
-        )
-    pairs = [(grad, param) for grad, param in zip(grads, params, strict=True) if grad is not None]
-    if (  # at a glance: a model may have thousands
-        all(type(grad) is Tensor for grad, _ in pairs)
-        and not any(as_sharded(param) is not None for _, param in pairs)
-        and all(grad.layout is torch.strided for grad, _ in pairs)
-        and [grad.shape for grad, _ in pairs] == [param.shape for _, param in pairs]
-        and [grad.dtype for grad, _ in pairs] == [param.dtype for _, param in pairs]
-        and [grad.device for grad, _ in pairs] == [param.device for _, param in pairs]
-    ):
-        return
-    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
-        if grad is not None:
-            _check_gradient(op, f"the gradient of parameter {i} under term {term!r}", grad, param)
+_FACTS = operator.attrgetter("shape", "dtype", "device", "layout")
+
+
+def check_gradients(
+    op: str, of_terms: Mapping[str, Sequence[Tensor | None]], params: Sequence[Tensor]
+) -> None:
+    """Those of some terms: dense, and like their parameters."""
+    facts = None if any_sharded(params) else list(map(_FACTS, params))
+    for term, grads in of_terms.items():
+        if len(grads) != len(params):
+            raise ValueError(
+                f"{op}: grads of term {term!r} must be one for each of the {len(params)} parameters, got"
+                f" {len(grads)}"
+            )
+        if facts is not None and _fit(grads, facts):
+            continue
+        for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            if grad is not None:
+                _check_gradient(op, f"the gradient of parameter {i} under term {term!r}", grad, param)
+
+
+def _fit(grads: Sequence[Tensor | None], facts: Sequence[Any]) -> bool:
+    """At a glance: there may be thousands."""
+    kinds = set(map(type, grads))
+    if NoneType in kinds:
+        facts = [fact for fact, grad in zip(facts, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    return kinds <= {Tensor, NoneType} and list(map(_FACTS, grads)) == facts
 
 
 def _check_gradient(op: str, name: str, grad: Tensor, param: Tensor) -> None:

@@ -34,8 +34,7 @@ class Update:
     def at_once(self, ranks: Sequence[float] | None) -> None:
         """One call for the parameters of a group, device, dtype and layout."""
         given = [self.pending.gradients.get(term, []) for term in self.groups[0]["terms"]]
-        reached = {i for grads in given for i, grad in enumerate(grads) if grad is not None}
-        for group, bucket in self._buckets(reached.__contains__):
+        for group, bucket in self._buckets(lambda i: any(grads and grads[i] is not None for grads in given)):
             grads = [grads[i] if grads else None for grads in given for i in bucket.indices]
             self._call(group, bucket, None, grads, ranks, 0, applies=True)
 
@@ -82,14 +81,15 @@ class Update:
         device = bucket.params[0].device
         impl = choose("MTAdam", None, bucket.params[0], KERNELS)
         square_sums = None
-        if layout_of(bucket.params[0]) is not None:
+        layout = layout_of(bucket.params[0])
+        if layout is not None:
             grads = [None if grad is None else local(grad) for grad in grads]
             if any(grad is not None for grad in grads):
                 square_sums = mtadam_square_sums(grads, len(rows or bucket.params), impl=impl)
                 square_sums = sum_over_parts(square_sums, bucket.params[0])
         with rows_of(bucket, rows) as part:
             update_(
-                [local(param) for param in part.params],
+                part.params if layout is None else [local(param) for param in part.params],
                 grads,
                 part.exp_avgs,
                 part.exp_avg_sqs,

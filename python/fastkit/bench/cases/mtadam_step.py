@@ -130,7 +130,6 @@ class _Step:
         """What a compiler makes of the step of one tensor, for any number of elements."""
         form = compiler(self.device)(_of_one, dynamic=True)
         exp_avgs, exp_avg_sqs, norms = self.merged
-        self.begin(*exp_avgs, *(v for of_term in exp_avg_sqs for v in of_term), norms)
         steps = torch.zeros((), device=self.device)
         rows = [
             (norms[:, i], *(t.flatten() for t in (p.data, m, *gradients, *squares)))
@@ -151,6 +150,8 @@ class _Step:
                 form(steps, *row)
             return self.params, steps
 
+        call()  # which compiles
+        self.begin(*exp_avgs, *(v for of_term in exp_avg_sqs for v in of_term), norms, steps)
         return call
 
     @cached_property
