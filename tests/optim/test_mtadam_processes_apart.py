@@ -208,6 +208,17 @@ def a_mesh_that_lacks_some(rank):
     refused(lambda: optimizer.step([(weight * weight).sum()]), "must be laid out over all processes")
 
 
+def parts_of_other_strides(rank):
+    from torch.distributed.tensor import distribute_tensor, Shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    weight = nn.Parameter(distribute_tensor(torch.arange(10.0).view(2, 5), mesh, [Shard(1)]))
+    plain = nn.Parameter(torch.arange(10.0).view(2, 5))
+    for p, own in ((weight, {{}}), (plain, {{"process_group": None}})):
+        MTAdam([p], **own).step([(p * p).sum(), p.sum()])
+    assert torch.equal(weight.full_tensor(), plain)
+
+
 def meet(rank):
     torch.set_num_threads(1)
     meeting = f"file://{{folder}}/meet"
@@ -255,6 +266,7 @@ OF_TWO = [
     "memory_formats_that_differ",
     "scales_that_differ_where_parameters_are_sharded",
     "state_that_is_not_sharded",
+    "parts_of_other_strides",
 ]
 OF_FOUR = ["parts_of_parts", "a_mesh_that_lacks_some"]
 

@@ -183,7 +183,8 @@ class Processes:
         """Once, that all processes step the same: else sums of different things would be returned."""
         if self._alike:
             return
-        facts = repr((list(terms), [(tuple(p.shape), p.dtype, _strides(p)) for p in params]))
+        strides = [_strides(p) if as_sharded(p) is None else None for p in params]  # parts may differ
+        facts = repr((list(terms), [(tuple(p.shape), p.dtype) for p in params], strides))
         number = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7], "big")
         extremes = torch.tensor([number, -number], device=params[0].device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
@@ -249,7 +250,7 @@ def _in_parts(pairs: list[tuple[int, int]], params: Sequence[Tensor]) -> list[li
 
 def _strides(param: Tensor) -> tuple[int, ...]:
     """Of a gradient: without gaps, in the order of the parameter."""
-    return torch.empty_like(local(param), device="meta").stride()
+    return torch.empty_like(param, device="meta").stride()
 
 
 def _flat(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
