@@ -20,6 +20,7 @@ from fastkit.methods import prilora
 from fastkit.methods.prilora import config as prilora_config
 from fastkit.nn.adaptive_iir import Parameterization
 from fastkit.ops.mtadam import NonFinite
+from fastkit.ops.topk_similarity import Metric
 from fastkit.optim.mtadam import OnNonFinite
 
 pytestmark = pytest.mark.native
@@ -36,6 +37,8 @@ Parameterization: sigmoid, triangle, polar, l1, raw
 NonFinite: skip, skip_term, propagate
 
 OnNonFinite: skip_step, skip_term, propagate
+
+Metric: dot, cosine, l2
 
 Rounding: nearest, floor, budget
 
@@ -121,11 +124,32 @@ fastkit.ops.LinearWithStats(
     square_sum: Tensor,
 ) is a tuple (y, square_sum)
 
+fastkit.ops.Moments(
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+) is a tuple (count, mean, scatter)
+
+fastkit.ops.TopK(
+    values: Tensor,
+    indices: Tensor,
+) is a tuple (values, indices)
+
 fastkit.ops.column_norms(
     x: Tensor,
     *,
     impl: Impl | None = None,
 ) -> Tensor
+
+fastkit.ops.csls_topk(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    sources: Tensor | None = None,
+    neighbors: int = 10,
+    impl: Impl | None = None,
+) -> TopK
 
 fastkit.ops.iir_scan(
     x: Tensor,
@@ -187,6 +211,20 @@ fastkit.ops.lora_linear_with_stats(
     impl: Impl | None = None,
 ) -> LinearWithStats
 
+fastkit.ops.merge_moments(
+    a: Moments,
+    b: Moments,
+    *,
+    impl: Impl | None = None,
+) -> Moments
+
+fastkit.ops.moments(
+    x: Tensor,
+    *,
+    weights: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Moments
+
 fastkit.ops.mtadam_square_sums(
     grads: Sequence[Tensor | None],
     n: int,
@@ -219,6 +257,19 @@ fastkit.ops.mtadam_update_(
     impl: Impl | None = None,
 ) -> None
 
+fastkit.ops.polar(
+    m: Tensor,
+    *,
+    impl: Impl | None = None,
+) -> Tensor
+
+fastkit.ops.procrustes(
+    source: Tensor,
+    target: Tensor,
+    *,
+    impl: Impl | None = None,
+) -> Tensor
+
 fastkit.ops.prune_rows_(
     lora_a: Tensor,
     input_norm: Tensor,
@@ -241,6 +292,16 @@ fastkit.ops.sosfilt(
     *,
     impl: Impl | None = None,
 ) -> Tensor
+
+fastkit.ops.topk_similarity(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    metric: Metric = 'dot',
+    key_bias: Tensor | None = None,
+    impl: Impl | None = None,
+) -> TopK
 
 fastkit.optim.MTAdam(
     params: Any,
@@ -324,9 +385,29 @@ fastkit.reference.LinearWithStats(
     square_sum: Tensor,
 ) is a tuple (y, square_sum)
 
+fastkit.reference.Moments(
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+) is a tuple (count, mean, scatter)
+
+fastkit.reference.TopK(
+    values: Tensor,
+    indices: Tensor,
+) is a tuple (values, indices)
+
 fastkit.reference.column_norms(
     x: Tensor,
 ) -> Tensor
+
+fastkit.reference.csls_topk(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    sources: Tensor | None = None,
+    neighbors: int = 10,
+) -> TopK
 
 fastkit.reference.iir_scan(
     x: Tensor,
@@ -380,6 +461,17 @@ fastkit.reference.lora_linear_with_stats(
     lora_x: Tensor | None = None,
 ) -> LinearWithStats
 
+fastkit.reference.merge_moments(
+    a: Moments,
+    b: Moments,
+) -> Moments
+
+fastkit.reference.moments(
+    x: Tensor,
+    *,
+    weights: Tensor | None = None,
+) -> Moments
+
 fastkit.reference.mtadam_square_sums(
     grads: Sequence[Tensor | None],
     n: int,
@@ -411,6 +503,15 @@ fastkit.reference.mtadam_update_(
     applies: bool = True,
 ) -> None
 
+fastkit.reference.polar(
+    m: Tensor,
+) -> Tensor
+
+fastkit.reference.procrustes(
+    source: Tensor,
+    target: Tensor,
+) -> Tensor
+
 fastkit.reference.prune_rows_(
     lora_a: Tensor,
     input_norm: Tensor,
@@ -427,6 +528,15 @@ fastkit.reference.sosfilt(
     x: Tensor,
     sos: Tensor,
 ) -> Tensor
+
+fastkit.reference.topk_similarity(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    metric: str = 'dot',
+    key_bias: Tensor | None = None,
+) -> TopK
 
 fastkit.methods.prilora.AttachedPRILoRA(
     model: nn.Module,
@@ -604,7 +714,7 @@ state_dict of fastkit.nn.PRILoRALinear(torch.nn.Linear(6, 4), 2):
 
 MODULES = (nn, ops, optim, reference, prilora)
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
-ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite}
+ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric}
 ALIASES |= {name: value for name, value in vars(prilora_config).items() if get_origin(value) is Literal}
 STATE_DICTS = [
     "AdaptiveIIR(6)",

@@ -18,6 +18,11 @@ Impl = Literal["reference", "cpu", "cuda", "triton"]
 Kernels = Mapping[str, tuple[torch.dtype, ...]]
 """Of one op: implementation -> the dtypes that it covers. What is absent does not exist."""
 
+
+class InPyTorch(dict[str, tuple[torch.dtype, ...]]):
+    """Kernels that are written in PyTorch's own operations: they need no library."""
+
+
 IMPLS: tuple[Impl, ...] = ("reference", "cpu", "cuda", "triton")
 _OF_DEVICE: dict[str, tuple[Impl, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the best one first
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # now: a traced function cannot look for it
@@ -29,6 +34,8 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
         return None
     if impl not in kernels:
         return "this op has no such implementation"
+    if isinstance(kernels, InPyTorch):
+        return "no CUDA device" if impl == "cuda" and not torch.cuda.is_available() else None
     if impl == "triton":
         if not _HAS_TRITON:
             return "triton is not installed; pip install 'fastkit[triton]'"

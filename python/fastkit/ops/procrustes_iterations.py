@@ -1,0 +1,222 @@
+"""The orthogonal factor by matrix products, and by an SVD where these do not reach it.
+
+An odd function of a matrix, ``X q(X^T X)``, changes its singular values alone. A schedule is a list of such
+functions that takes every singular value in [LOWEST, 1] to 1; docs/ops/procrustes.md derives them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkit.ops.procrustes_checks import check_finite
+from fastkit.reference.procrustes import is_singular
+
+
+class Rational(NamedTuple):
+    """``x (a + b x^2) / (1 + c x^2)``: two products, and a Cholesky factor's inverse."""
+
+    a: float
+    b: float
+    c: float
+
+
+class Quintic(NamedTuple):
+    """``x (c0 + c1 x^2 + c2 x^4)``: three products."""
+
+    c0: float
+    c1: float
+    c2: float
+
+
+class Nonic(NamedTuple):
+    """``x (c0 + c1 x^2 + ... + c4 x^8)``: four products."""
+
+    c0: float
+    c1: float
+    c2: float
+    c3: float
+    c4: float
+
+
+Step = Rational | Quintic | Nonic
+
+LAST = Quintic(1.875, -1.25, 0.375)  # of an error e it leaves 5/2 e^3
+
+WITH_INVERSES: tuple[Step, ...] = (  # on the CPU
+    Rational(56.0, 756.25, 811.25),
+    Rational(56.0, 756.25, 811.25),
+    Nonic(4.047542164, -13.21392898, 25.8305970, -24.19131958, 8.537147288),
+    Quintic(1.875108774, -1.250119164, 0.3750103950),
+)
+PRODUCTS: tuple[Step, ...] = (  # on a GPU, where a Cholesky factor costs more than many products
+    Quintic(5.493818144, -13.08291138, 8.815851697),
+    *[Quintic(3.855145879, -4.520682548, 1.500019695)] * 5,
+    Quintic(3.220405973, -3.372190137, 1.073815295),
+    Quintic(1.971594707, -1.353533644, 0.3854504401),
+    Quintic(1.875273806, -1.250301510, 0.3750277374),
+    LAST,
+)
+LOWEST = {WITH_INVERSES: 1.25e-4, PRODUCTS: 5e-5}
+
+_LARGE = 512  # from here on two triangular systems cost less than an inverse and a product
+_BLOCK = 256  # of a symmetric product on the CPU the blocks on and above the diagonal are computed
+_SMALL = 64  # up to here float32 is iterated in float64: calls, not products, are what it costs
+_PROBES = 4
+_POWERS = 6
+_MARGIN = 1.2  # by which the largest singular value may exceed what is found of it
+
+
+def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
+    """The factor of each matrix, P >= Q, and whether the matrix is singular.
+
+    There is one look at values, after all steps. A factor that is not orthogonal then is computed again, by
+    an SVD in float64.
+    """
+    if m.numel() == 0:
+        return torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(
+            len(m), dtype=torch.bool
+        )
+    with ieee_products(m):
+        precise = m.double() if m.shape[-1] <= _SMALL else m
+        w, orthogonal = iterate(precise, PRODUCTS if m.is_cuda else WITH_INVERSES)
+        w = w.to(m.dtype)
+    singular = torch.zeros_like(orthogonal)
+    if bool(orthogonal.all()):
+        return w, singular
+    rest = (~orthogonal).nonzero().squeeze(1)
+    ms = m[rest].double()
+    check_finite(op, ms, len(m))
+    u, s, vh = torch.linalg.svd(ms, full_matrices=False)
+    w[rest] = (u @ vh).to(w.dtype)
+    singular[rest] = is_singular(s, m.shape, m.dtype)
+    warn_of_singular(op, singular)
+    return w, singular
+
+
+def warn_of_singular(op: str, singular: Tensor) -> None:
+    count = int(singular.sum())
+    if count:
+        warnings.warn(
+            f"{op}: {count} of {singular.numel()} matrices are singular to the precision of their dtype;"
+            " their factor is not unique, the SVD's is taken",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def ieee_products(x: Tensor) -> Iterator[None]:
+    """Products of float32 in float32, whatever is allowed elsewhere (TF32, bfloat16)."""
+    backend = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # pyright: ignore
+    before = backend.fp32_precision
+    if before not in ("tf32", "bf16"):
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def iterate(m: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
+    """What a schedule makes of each matrix, and whether that is orthogonal."""
+    if m.dtype == torch.float64:
+        schedule = (*schedule, LAST)
+    x = scaled(m)
+    if len(x) == 1:
+        x = x[0]  # PyTorch's product of two matrices is faster than that of a batch of one
+    y = torch.empty_like(x)
+    gram, square = (x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-1])) for _ in range(2))
+    for i, step in enumerate(schedule):
+        _symmetric_product(x.mT, x, out=gram)
+        if i == 0:
+            bound = _MARGIN * _largest_eigenvalue(gram).sqrt()
+            gram.div_(bound.square())
+            x.div_(bound)
+        if isinstance(step, Rational):
+            a, b, c = step
+            gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
+            lower = torch.linalg.cholesky_ex(gram).L
+            if x.dim() == 2 and x.shape[1] > _LARGE:
+                torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False, out=y)
+                torch.linalg.solve_triangular(lower, y, upper=False, left=False, out=y)
+                y.mul_(a - b / c).add_(x, alpha=b / c)
+            else:
+                inverse = torch.cholesky_inverse(lower)
+                _product(x, inverse, out=y, plus=x, beta=b / c, alpha=a - b / c)
+        else:
+            if isinstance(step, Quintic):
+                _symmetric_product(gram, gram, out=square, plus=gram, beta=step.c1, alpha=step.c2)
+            else:
+                _symmetric_product(gram, gram, out=square)
+                inner = torch.add(gram.mul(step.c3), square, alpha=step.c4)
+                inner.diagonal(dim1=-2, dim2=-1).add_(step.c2)
+                _symmetric_product(square.clone(), inner, out=square, plus=gram, beta=step.c1)
+            _product(x, square, out=y, plus=x, beta=step.c0)
+        x, y = y, x
+    _symmetric_product(x.mT, x, out=gram)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    orthogonal = gram.abs().amax((-2, -1)) <= 64 * torch.finfo(m.dtype).eps  # not where it is NaN
+    return x.reshape(m.shape), orthogonal.reshape(len(m))
+
+
+def scaled(x: Tensor) -> Tensor:
+    """A dense copy whose largest entry of each matrix is in [1, 2), by powers of two, or zero."""
+    largest = x.detach().abs().amax((-2, -1), keepdim=True)
+    mantissa, _ = torch.frexp(largest)
+    return (x / torch.where(largest == 0, 1.0, largest / (2 * mantissa))).contiguous()
+
+
+def _largest_eigenvalue(gram: Tensor) -> Tensor:  # (..., Q, Q) -> (..., 1, 1)
+    """A little less than it: of a power of the matrix, met by random vectors."""
+    generator = torch.Generator(gram.device).manual_seed(0)
+    shape = (gram.shape[-1], _PROBES)
+    y = torch.randn(shape, generator=generator, device=gram.device, dtype=gram.dtype)
+    y = y.expand(*gram.shape[:-2], *shape)
+    length = y
+    for _ in range(_POWERS):
+        y = gram @ y
+        length = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+        y = y / length
+    return length
+
+
+def _product(
+    a: Tensor, b: Tensor, *, out: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> None:
+    """``out = beta plus + alpha a b``."""
+    base = out if plus is None else plus
+    if out.dim() == 2:
+        torch.addmm(base, a, b, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.baddbmm(base, a, b, beta=beta, alpha=alpha, out=out)
+
+
+def _symmetric_product(
+    a: Tensor, b: Tensor, *, out: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> None:
+    """``_product`` of which it is known that it is symmetric."""
+    size = out.shape[-1]
+    blocks = size // _BLOCK
+    if blocks < 2 or out.dim() > 2 or out.is_cuda:
+        _product(a, b, out=out, plus=plus, beta=beta, alpha=alpha)
+        return
+    for k in range(blocks):
+        start, end = k * size // blocks, (k + 1) * size // blocks
+        columns = slice(start, end)
+        _product(
+            a[:end],
+            b[:, columns],
+            out=out[:end, columns],
+            plus=None if plus is None else plus[:end, columns],
+            beta=beta,
+            alpha=alpha,
+        )
+        out[columns, :start].copy_(out[:start, columns].mT)

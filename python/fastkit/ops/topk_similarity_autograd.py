@@ -1,0 +1,111 @@
+"""The values of topk_similarity made differentiable, to any order.
+
+The choice is piecewise constant, so a value has the gradient of its pair's score: for a product that of
+``q . k_j + b_j``, for a squared distance that of ``|q - k_j|^2``. Backward gathers the chosen keys again and
+scatters to their rows, in blocks of queries; it is written in PyTorch's ops, which differentiate it in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkit import reference
+from fastkit._autograd import Function, differentiates, without_autocast
+from fastkit._dispatch import Impl
+from fastkit.ops._checks import arithmetic
+from fastkit.reference import TopK
+
+_NUMBERS = 2**20
+"""Of the chosen keys, and of the gradients to them, about so many numbers exist at a time."""
+
+
+def nearest(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl) -> TopK:
+    """The k keys with the greatest products, bias added, or the least squared distances."""
+    args = (queries, keys, key_bias, k, l2, chosen)
+    if differentiates(queries, keys, key_bias):
+        return TopK(*_Nearest.apply(*args))
+    return TopK(*_run(*args))
+
+
+def _run(
+    queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl
+) -> tuple[Tensor, Tensor]:
+    assert chosen == "reference"  # the only one so far
+    return reference.topk_similarity(queries, keys, k, metric="l2" if l2 else "dot", key_bias=key_bias)
+
+
+class _Nearest(Function):
+    @staticmethod
+    def forward(
+        queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl
+    ) -> tuple[Tensor, Tensor]:
+        return _run(queries, keys, key_bias, k, l2, chosen)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        queries, keys, key_bias, _, ctx.l2, _ = inputs
+        _, indices = output
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.of_bias = None if key_bias is None else key_bias.dtype
+        ctx.save_for_backward(queries, keys, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        g = grad_outputs[0]
+        if g is None:
+            return (None,) * 6
+        queries, keys, indices = ctx.saved_tensors
+        with without_autocast(g):
+            gradients = _gradients(g, queries, keys, indices, ctx.l2, ctx.needs_input_grad, ctx.of_bias)
+        return *gradients, None, None, None
+
+
+def _gradients(
+    g: Tensor,  # (n, k)
+    queries: Tensor,  # (n, D)
+    keys: Tensor,  # (m, D)
+    indices: Tensor,  # (n, k)
+    l2: bool,
+    needs: tuple[bool, ...],
+    of_bias: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    none = indices < 0
+    g, indices = g.masked_fill(none, 0.0), indices.clamp_min(0)
+    gbias = None
+    if needs[2] and of_bias is not None:
+        gbias = g.new_zeros(len(keys))
+        _add_rows_(gbias, indices.flatten(), g.flatten())
+        gbias = gbias.to(of_bias)
+    if not needs[0] and not needs[1]:
+        return None, None, gbias
+
+    of_queries = []
+    gkeys = g.new_zeros(keys.shape) if needs[1] else None
+    rows = max(1, _NUMBERS // (indices.shape[1] * keys.shape[1]))
+    blocks = (t.split(rows) for t in (queries, indices, g.unsqueeze(2), none.unsqueeze(2)))
+    for block, at, weight, absent in zip(*blocks, strict=True):
+        q = block.to(arithmetic(queries)).unsqueeze(1).masked_fill(absent, 0.0)  # no NaN reaches key 0
+        chosen = keys[at].to(arithmetic(queries)).masked_fill(absent, 0.0)
+        if l2:
+            to_q = 2 * weight * (q - chosen)
+            to_k = -to_q
+        else:
+            to_q, to_k = weight * chosen, weight * q
+        if needs[0]:
+            of_queries.append(to_q.sum(1))
+        if gkeys is not None:
+            _add_rows_(gkeys, at.flatten(), to_k.flatten(0, 1))
+    gqueries = torch.cat(of_queries).to(queries.dtype) if needs[0] else None
+    return gqueries, None if gkeys is None else gkeys.to(keys.dtype), gbias
+
+
+def _add_rows_(total: Tensor, at: Tensor, rows: Tensor) -> None:
+    """In the order of rows on a CPU, in a fixed order on a GPU: the other op has float atomics there."""
+    if total.device.type == "cuda":
+        total.index_put_((at,), rows, accumulate=True)
+    else:
+        total.index_add_(0, at, rows)
