@@ -12,7 +12,7 @@ from torch.library import opcheck
 from fastkit.ops import procrustes_iterations as iterations
 from fastkit.ops.procrustes import KERNELS as KERNELS  # for the fixtures
 from fastkit.ops.procrustes import polar, procrustes
-from fastkit.ops.procrustes_iterations import LOWEST, PRODUCTS, WITH_INVERSES, factor, iterate
+from fastkit.ops.procrustes_iterations import AGAIN, LOWEST, PRODUCTS, WITH_INVERSES, factor, iterate
 from fastkit.testing import assert_matches_reference
 from fastkit.testing.procrustes import expected_factor, log_spaced, orthogonal, with_spectrum
 
@@ -65,9 +65,9 @@ def test_the_error_at_a_condition_of_a_thousand(native):
 
 
 def test_what_large_matrices_take(native, monkeypatch):
-    """Symmetric products in blocks, in a size that they do not divide, and triangular systems."""
+    """Products and Cholesky factors in blocks, in sizes that nothing divides."""
     monkeypatch.setattr(iterations, "_BLOCK", 30)
-    monkeypatch.setattr(iterations, "_LARGE", 100)
+    monkeypatch.setattr(iterations, "_CHOLESKY", 20)
     m = torch.stack([with_spectrum(log_spaced(101, c)) for c in (10.0, 1e3)])
     for each in (m, m[0], m[1], m[1].double(), m[0].mT):
         check(each)
@@ -180,8 +180,9 @@ def test_the_gradient_of_a_singular_matrix_is_refused_and_that_beside_it_is_not(
 # Schedules
 
 
-def value_of(schedule, x):
-    for step in schedule:
+def value_of(schedule, x, *, polish=()):
+    """Of all steps that there may be."""
+    for step in (*schedule, *polish, *AGAIN[schedule], *polish):
         if isinstance(step, iterations.Rational):
             x = x * (step.a + step.b * x**2) / (1 + step.c * x**2)
         else:
@@ -195,7 +196,7 @@ def test_a_schedule_takes_its_interval_to_one(name, error):
     lowest = LOWEST[schedule]
     x = torch.logspace(math.log10(lowest), 0, 200_000, dtype=DOUBLE)
     assert (value_of(schedule, x) - 1).abs().max() <= error
-    assert (value_of((*schedule, iterations.LAST), x) - 1).abs().max() <= 1e-14  # as of float64
+    assert (value_of(schedule, x, polish=(iterations.LAST,)) - 1).abs().max() <= 1e-14  # as of float64
     above = value_of(schedule, 1 + torch.linspace(0, 0.01, 1000, dtype=DOUBLE))
     assert (above - 1).abs().max() <= 2e-5  # were the scale found a little too small
 
@@ -213,7 +214,7 @@ def test_a_schedule_never_passes_one(name):
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE])
 def test_each_schedule(name, dtype):
     """A GPU's too: it is made of the same calls."""
-    for D, condition in ((5, 10.0), (90, 1.0), (90, 1e3), (90, 3e3)):
+    for D, condition in ((5, 10.0), (90, 1.0), (90, 1e3), (90, 3e3), (90, 6e3)):
         m = with_spectrum(log_spaced(D, condition), dtype=dtype)
         w, orthogonal = iterate(m[None], SCHEDULES[name])
         value, budget = expected_factor(m)

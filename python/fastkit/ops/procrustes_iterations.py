@@ -19,7 +19,7 @@ from fastkit.reference.procrustes import is_singular
 
 
 class Rational(NamedTuple):
-    """``x (a + b x^2) / (1 + c x^2)``: two products, and a Cholesky factor's inverse."""
+    """``x (a + b x^2) / (1 + c x^2)``: three products, two of them by a Cholesky factor's inverse."""
 
     a: float
     b: float
@@ -34,25 +34,15 @@ class Quintic(NamedTuple):
     c2: float
 
 
-class Nonic(NamedTuple):
-    """``x (c0 + c1 x^2 + ... + c4 x^8)``: four products."""
-
-    c0: float
-    c1: float
-    c2: float
-    c3: float
-    c4: float
-
-
-Step = Rational | Quintic | Nonic
+Step = Rational | Quintic
 
 LAST = Quintic(1.875, -1.25, 0.375)  # of an error e it leaves 5/2 e^3
 
 WITH_INVERSES: tuple[Step, ...] = (  # on the CPU
     Rational(56.0, 756.25, 811.25),
-    Rational(56.0, 756.25, 811.25),
-    Nonic(4.047542164, -13.21392898, 25.8305970, -24.19131958, 8.537147288),
-    Quintic(1.875108774, -1.250119164, 0.3750103950),
+    Rational(28.0, 182.25, 209.25),
+    Quintic(2.312733213, -2.269700003, 0.9623634899),
+    Quintic(1.875030767, -1.250034095, 0.3750033285),
 )
 PRODUCTS: tuple[Step, ...] = (  # on a GPU, where a Cholesky factor costs more than many products
     Quintic(5.493818144, -13.08291138, 8.815851697),
@@ -62,10 +52,12 @@ PRODUCTS: tuple[Step, ...] = (  # on a GPU, where a Cholesky factor costs more t
     Quintic(1.875273806, -1.250301510, 0.3750277374),
     LAST,
 )
-LOWEST = {WITH_INVERSES: 1.25e-4, PRODUCTS: 5e-5}
+AGAIN = {WITH_INVERSES: WITH_INVERSES[2:], PRODUCTS: ()}
+"""What follows a schedule, once, where that has not made a matrix orthogonal."""
+LOWEST = {WITH_INVERSES: 1.2e-4, PRODUCTS: 5e-5}
 
-_LARGE = 512  # from here on two triangular systems cost less than an inverse and a product
-_BLOCK = 256  # of a symmetric product on the CPU the blocks on and above the diagonal are computed
+_CHOLESKY = 128  # up to here a Cholesky factor and its inverse are LAPACK's, above they are made of products
+_BLOCK = 256  # on the CPU, of products known to be symmetric or triangular, blocks of columns are computed
 _SMALL = 64  # up to here float32 is iterated in float64: calls, not products, are what it costs
 _PROBES = 4
 _POWERS = 6
@@ -127,44 +119,63 @@ def ieee_products(x: Tensor) -> Iterator[None]:
 
 def iterate(m: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
     """What a schedule makes of each matrix, and whether that is orthogonal."""
-    if m.dtype == torch.float64:
-        schedule = (*schedule, LAST)
+    polish = (LAST,) if m.dtype == torch.float64 else ()
     x = scaled(m)
     if len(x) == 1:
         x = x[0]  # PyTorch's product of two matrices is faster than that of a batch of one
-    y = torch.empty_like(x)
+    room = torch.empty_like(x)
     gram, square = (x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-1])) for _ in range(2))
-    for i, step in enumerate(schedule):
-        _symmetric_product(x.mT, x, out=gram)
-        if i == 0:
-            bound = _MARGIN * _largest_eigenvalue(gram).sqrt()
-            gram.div_(bound.square())
-            x.div_(bound)
-        if isinstance(step, Rational):
-            a, b, c = step
-            gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
-            lower = torch.linalg.cholesky_ex(gram).L
-            if x.dim() == 2 and x.shape[1] > _LARGE:
-                torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False, out=y)
-                torch.linalg.solve_triangular(lower, y, upper=False, left=False, out=y)
-                y.mul_(a - b / c).add_(x, alpha=b / c)
-            else:
-                inverse = torch.cholesky_inverse(lower)
-                _product(x, inverse, out=y, plus=x, beta=b / c, alpha=a - b / c)
-        else:
-            if isinstance(step, Quintic):
-                _symmetric_product(gram, gram, out=square, plus=gram, beta=step.c1, alpha=step.c2)
-            else:
-                _symmetric_product(gram, gram, out=square)
-                inner = torch.add(gram.mul(step.c3), square, alpha=step.c4)
-                inner.diagonal(dim1=-2, dim2=-1).add_(step.c2)
-                _symmetric_product(square.clone(), inner, out=square, plus=gram, beta=step.c1)
-            _product(x, square, out=y, plus=x, beta=step.c0)
-        x, y = y, x
     _symmetric_product(x.mT, x, out=gram)
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    orthogonal = gram.abs().amax((-2, -1)) <= 64 * torch.finfo(m.dtype).eps  # not where it is NaN
-    return x.reshape(m.shape), orthogonal.reshape(len(m))
+    bound = _MARGIN * _largest_eigenvalue(gram).sqrt()
+    gram.div_(bound.square())
+    x.div_(bound)
+    steps = schedule
+    while True:
+        for step in (*steps, *polish):
+            if isinstance(step, Rational):
+                _rational_step(step, x, gram, square, room)
+            else:
+                _symmetric_product(gram, gram, out=square, plus=gram, beta=step.c1, alpha=step.c2)
+                _product(x, square, out=room, plus=x, beta=step.c0)
+                x, room = room, x
+            _symmetric_product(x.mT, x, out=gram)
+        square.copy_(gram).diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        orthogonal = square.abs_().amax((-2, -1)) <= 64 * torch.finfo(m.dtype).eps  # not where it is NaN
+        if steps is not schedule or not AGAIN[schedule] or bool(orthogonal.all()):
+            return x.reshape(m.shape), orthogonal.reshape(len(m))
+        steps = AGAIN[schedule]
+
+
+def _rational_step(step: Rational, x: Tensor, gram: Tensor, square: Tensor, room: Tensor) -> None:
+    """``x = b / c x + (a - b / c) x (1 + c gram)^-1``, with the inverse ``J^T J``."""
+    a, b, c = step
+    gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
+    inverse = _inverse_of_factor(gram, out=square.zero_())
+    for columns in _columns(x):
+        end = columns.stop
+        _product(x[..., :end], inverse[..., columns, :end].mT, out=room[..., columns])
+    for columns in _columns(x):
+        start, of_x = columns.start, x[..., columns]
+        _product(
+            room[..., start:],
+            inverse[..., start:, columns],
+            out=of_x, plus=of_x, beta=b / c, alpha=a - b / c,
+        )  # fmt: skip
+
+
+def _inverse_of_factor(a: Tensor, *, out: Tensor) -> Tensor:
+    """The inverse of the Cholesky factor of a, in the lower triangle of ``out``."""
+    size = a.shape[-1]
+    if size <= _CHOLESKY:
+        eye = torch.eye(size, dtype=a.dtype, device=a.device).expand_as(a)
+        return out.copy_(torch.linalg.solve_triangular(torch.linalg.cholesky_ex(a).L, eye, upper=False))
+    first, second = slice(0, size // 2), slice(size // 2, size)
+    of_first = _inverse_of_factor(a[..., first, first], out=out[..., first, first])
+    across = a[..., second, first] @ of_first.mT
+    rest = a[..., second, second] - across @ across.mT
+    of_second = _inverse_of_factor(rest, out=out[..., second, second])
+    torch.matmul(-of_second, across @ of_first, out=out[..., second, first])
+    return out
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -203,20 +214,21 @@ def _symmetric_product(
     a: Tensor, b: Tensor, *, out: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> None:
     """``_product`` of which it is known that it is symmetric."""
-    size = out.shape[-1]
-    blocks = size // _BLOCK
-    if blocks < 2 or out.dim() > 2 or out.is_cuda:
-        _product(a, b, out=out, plus=plus, beta=beta, alpha=alpha)
-        return
-    for k in range(blocks):
-        start, end = k * size // blocks, (k + 1) * size // blocks
-        columns = slice(start, end)
+    for columns in _columns(out):
+        start, end = columns.start, columns.stop
         _product(
-            a[:end],
-            b[:, columns],
-            out=out[:end, columns],
-            plus=None if plus is None else plus[:end, columns],
+            a[..., :end, :],
+            b[..., columns],
+            out=out[..., :end, columns],
+            plus=None if plus is None else plus[..., :end, columns],
             beta=beta,
             alpha=alpha,
         )
-        out[columns, :start].copy_(out[:start, columns].mT)
+        out[..., columns, :start].copy_(out[..., :start, columns].mT)
+
+
+def _columns(x: Tensor) -> list[slice]:
+    """The blocks in which a product is computed that is symmetric or has a triangular factor."""
+    size = x.shape[-1]
+    blocks = 1 if x.dim() > 2 or x.is_cuda else max(1, size // _BLOCK)
+    return [slice(k * size // blocks, (k + 1) * size // blocks) for k in range(blocks)]
