@@ -79,6 +79,10 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "Tensor? lr_tensor, float[] betas, float eps, float weight_decay, bool decoupled, float[] ranks, int anchor, "
       "float alive_eps, float max_scale, str nonfinite, Tensor? grad_scales, Tensor? found_inf, int first, "
       "bool applies) -> ()");
+
+  // The orthogonal factors of m (B,P,Q), P >= Q, and whether they have become orthogonal (B). Steps, three numbers each:
+  // x (a + b x^2) / (1 + c x^2) of each singular value x, then x (c0 + c1 x^2 + c2 x^4), which are taken again if needed.
+  m.def("polar_fwd(Tensor m, float[] rationals, float[] quintics) -> (Tensor w, Tensor orthogonal)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

@@ -9,10 +9,11 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
+from fastkit._threads import threads
 from fastkit.ops import procrustes_iterations as iterations
 from fastkit.ops.procrustes import KERNELS as KERNELS  # for the fixtures
 from fastkit.ops.procrustes import polar, procrustes
-from fastkit.ops.procrustes_iterations import AGAIN, LOWEST, PRODUCTS, WITH_INVERSES, factor, iterate
+from fastkit.ops.procrustes_iterations import LAST, PRODUCTS, QUINTICS, RATIONALS, by_products, factor, on_cpu
 from fastkit.testing import assert_matches_reference
 from fastkit.testing.procrustes import expected_factor, log_spaced, orthogonal, with_spectrum
 
@@ -24,7 +25,16 @@ pytestmark = [
 ]
 
 FLOAT, DOUBLE = torch.float32, torch.float64
-SCHEDULES = {"inverses": WITH_INVERSES, "products": PRODUCTS}
+# What runs a schedule; its steps, without and with those that float64 has besides; the lowest singular value.
+SCHEDULES = {
+    "cpu": (
+        on_cpu,
+        (*RATIONALS, *QUINTICS, *QUINTICS),
+        (*RATIONALS, *QUINTICS, LAST, *QUINTICS, LAST),
+        iterations.LOWEST_ON_CPU,
+    ),
+    "products": (by_products, PRODUCTS, (*PRODUCTS, LAST), iterations.LOWEST_ON_GPU),
+}
 
 
 def defect(w):
@@ -64,14 +74,27 @@ def test_the_error_at_a_condition_of_a_thousand(native):
         assert defect(w) <= 1e-5
 
 
-def test_what_large_matrices_take(native, monkeypatch):
-    """Products and Cholesky factors in blocks, in sizes that nothing divides."""
-    monkeypatch.setattr(iterations, "_BLOCK", 30)
-    monkeypatch.setattr(iterations, "_CHOLESKY", 20)
-    m = torch.stack([with_spectrum(log_spaced(101, c)) for c in (10.0, 1e3)])
-    for each in (m, m[0], m[1], m[1].double(), m[0].mT):
-        check(each)
-    assert all(iterate(m[1:], schedule)[1].all() for schedule in SCHEDULES.values())
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE])
+def test_sizes_around_a_square(dtype, native):
+    """Of the 12 to 48 numbers that a vector's lanes make of it; and more squares than a sum has at a time."""
+    for D in (11, 12, 13, 23, 24, 25, 31, 32, 33, 47, 48, 49, 97, 333):
+        m = with_spectrum(log_spaced(D, 100.0), dtype=dtype, seed=D)
+        w, orthogonal = on_cpu(m[None])
+        value, budget = expected_factor(m)
+        assert orthogonal.all() and ((w[0].double() - value).abs() <= budget).all()
+    m = with_spectrum(log_spaced(30, 100.0), 70, dtype=dtype)
+    w, orthogonal = on_cpu(m[None])
+    value, budget = expected_factor(m)
+    assert orthogonal.all() and ((w[0].double() - value).abs() <= budget).all()
+
+
+def test_any_number_of_threads_gives_the_same_bits(native):
+    m = torch.stack([with_spectrum(log_spaced(150, c), seed=i) for i, c in enumerate((10.0, 1e3, 5e3))])
+    w = polar(m)
+    with threads(2):
+        assert torch.equal(polar(m), w)
+    with threads(4):
+        assert torch.equal(polar(m), w) and torch.equal(polar(m[1]), w[1])
 
 
 @pytest.mark.parametrize("condition", [1e6, 1e7])
@@ -150,11 +173,11 @@ def test_singular(name, impl):
 
 def test_nothing_singular_is_taken_for_orthogonal(native):
     """Rounding errors in the direction that is missing do not grow to a singular value of 1."""
-    for schedule, D in itertools.product(SCHEDULES.values(), (30, 120)):
+    for (run, *_), D in itertools.product(SCHEDULES.values(), (30, 120)):
         for least in (0.0, 1e-9, 1e-7):
             spectrum = log_spaced(D, 10.0)
             spectrum[-1] = least
-            assert not iterate(with_spectrum(spectrum)[None], schedule)[1].any()
+            assert not run(with_spectrum(spectrum)[None])[1].any()
 
 
 def test_fewer_rows_than_columns_are_singular(impl):
@@ -180,9 +203,8 @@ def test_the_gradient_of_a_singular_matrix_is_refused_and_that_beside_it_is_not(
 # Schedules
 
 
-def value_of(schedule, x, *, polish=()):
-    """Of all steps that there may be."""
-    for step in (*schedule, *polish, *AGAIN[schedule], *polish):
+def value_of(steps, x):
+    for step in steps:
         if isinstance(step, iterations.Rational):
             x = x * (step.a + step.b * x**2) / (1 + step.c * x**2)
         else:
@@ -190,45 +212,54 @@ def value_of(schedule, x, *, polish=()):
     return x
 
 
-@pytest.mark.parametrize(("name", "error"), [("inverses", 1e-6), ("products", 1e-10)])
+@pytest.mark.parametrize(("name", "error"), [("cpu", 1e-6), ("products", 1e-10)])
 def test_a_schedule_takes_its_interval_to_one(name, error):
-    schedule = SCHEDULES[name]
-    lowest = LOWEST[schedule]
+    _, steps, precise, lowest = SCHEDULES[name]
     x = torch.logspace(math.log10(lowest), 0, 200_000, dtype=DOUBLE)
-    assert (value_of(schedule, x) - 1).abs().max() <= error
-    assert (value_of(schedule, x, polish=(iterations.LAST,)) - 1).abs().max() <= 1e-14  # as of float64
-    above = value_of(schedule, 1 + torch.linspace(0, 0.01, 1000, dtype=DOUBLE))
+    assert (value_of(steps, x) - 1).abs().max() <= error
+    assert (value_of(precise, x) - 1).abs().max() <= 1e-14
+    above = value_of(steps, 1 + torch.linspace(0, 0.01, 1000, dtype=DOUBLE))
     assert (above - 1).abs().max() <= 2e-5  # were the scale found a little too small
+
+
+def test_one_round_does_where_singular_values_span_a_thousand():
+    x = torch.logspace(math.log10(1 / 2000), 0, 100_000, dtype=DOUBLE)
+    assert (value_of((*RATIONALS, *QUINTICS), x) - 1).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_never_passes_one(name):
     """What is below its interval stays below 1: and is seen not to be orthogonal."""
-    x = torch.logspace(-12, math.log10(LOWEST[SCHEDULES[name]]), 100_000, dtype=DOUBLE)
-    y = value_of(SCHEDULES[name], x)
+    _, steps, _, lowest = SCHEDULES[name]
+    x = torch.logspace(-12, math.log10(lowest), 100_000, dtype=DOUBLE)
+    y = value_of(steps, x)
     assert (y <= 1 + 1e-6).all() and (y > 0).all()
     assert y[0] / x[0] <= 2e5
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE])
-def test_each_schedule(name, dtype):
-    """A GPU's too: it is made of the same calls."""
+def test_each_schedule(name, dtype, native):
+    """A GPU's too: it is made of PyTorch's products."""
     for D, condition in ((5, 10.0), (90, 1.0), (90, 1e3), (90, 3e3), (90, 6e3)):
         m = with_spectrum(log_spaced(D, condition), dtype=dtype)
-        w, orthogonal = iterate(m[None], SCHEDULES[name])
+        w, orthogonal = SCHEDULES[name][0](m[None])
         value, budget = expected_factor(m)
         assert orthogonal.all() and ((w[0].double() - value).abs() <= budget).all()
 
 
-def test_the_scale_is_found_for_spectra_of_any_shape():
-    """The largest singular value, by 6 powers of the Gram matrix and 4 vectors: never far below it."""
+def test_the_scale_is_found_for_spectra_of_any_shape(native):
+    """The largest singular value, by powers of the Gram matrix and a few vectors: never far below it."""
     for D, rest in itertools.product((2, 30, 200), (0.0, 0.3, 0.6, 0.8, 0.95, 1.0)):
         spectrum = torch.full((D,), rest, dtype=DOUBLE)
         spectrum[0] = 1.0
         for m in (torch.diag(spectrum.float()), with_spectrum(spectrum, seed=D)):
             found = iterations._largest_eigenvalue((m.mT @ m)[None])
             assert 1.0 <= iterations._MARGIN * found.sqrt() <= iterations._MARGIN + 1e-5
+            divided, _ = torch.ops.fastkit.polar_fwd(
+                m[None], [], [1.0, 0.0, 0.0]
+            )  # x -> x, of what is divided
+            assert 1 / 1.2 - 1e-5 <= torch.linalg.matrix_norm(divided[0], 2) <= 1.0
 
 
 # Shapes, strides, dtypes

@@ -117,10 +117,32 @@ def test_impl():
         )
 
 
-def test_needs_no_library(monkeypatch):
+def test_on_a_gpu_no_library_is_needed(monkeypatch):
     monkeypatch.setattr(_native, "REASON", "it is missing")
-    assert _dispatch.unavailable("cpu", KERNELS) is None
-    assert _dispatch.choose("polar", None, M, KERNELS) == "cpu"
+    assert _dispatch.unavailable("cpu", KERNELS) == "it is missing"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _dispatch.unavailable("cuda", KERNELS) is None
+
+
+@pytest.mark.parametrize(
+    ("m", "rationals", "text"),
+    [
+        (torch.eye(3), [], r"shape \(B, P, Q\)"),
+        (torch.zeros(1, 2, 3), [], "P >= Q >= 1"),
+        (torch.zeros(1, 2, 0), [], "P >= Q >= 1"),
+        (torch.zeros(1, 3, 3, dtype=torch.float16), [], "must be float32 or float64"),
+        (torch.zeros(1, 3, 3, dtype=torch.int64), [], "must be float32 or float64"),
+        (torch.eye(3)[None], [1.0, 2.0], "three coefficients"),
+    ],
+)
+def test_raw_op_misused(native, m, rationals, text):
+    with pytest.raises(RuntimeError, match=f"polar: .*{text}"):
+        torch.ops.fastkit.polar_fwd(m, rationals, [])
+
+
+def test_raw_op_on_nothing(native):
+    w, orthogonal = torch.ops.fastkit.polar_fwd(torch.zeros(0, 3, 2), [], [1.0, 0.0, 0.0])
+    assert w.shape == (0, 3, 2) and orthogonal.shape == (0,)
 
 
 @pytest.mark.parametrize("impl", ["reference", None])

@@ -20,7 +20,7 @@ Kernels = Mapping[str, tuple[torch.dtype, ...]]
 
 
 class InPyTorch(dict[str, tuple[torch.dtype, ...]]):
-    """Kernels that are written in PyTorch's own operations: they need no library."""
+    """Of an op whose kernel for CUDA is written in PyTorch's own operations: that needs no library."""
 
 
 IMPLS: tuple[Impl, ...] = ("reference", "cpu", "cuda", "triton")
@@ -34,8 +34,8 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
         return None
     if impl not in kernels:
         return "this op has no such implementation"
-    if isinstance(kernels, InPyTorch):
-        return "no CUDA device" if impl == "cuda" and not torch.cuda.is_available() else None
+    if impl == "cuda" and isinstance(kernels, InPyTorch):
+        return None if torch.cuda.is_available() else "no CUDA device"
     if impl == "triton":
         if not _HAS_TRITON:
             return "triton is not installed; pip install 'fastkit[triton]'"

@@ -1,7 +1,8 @@
 """The orthogonal factor by matrix products, and by an SVD where these do not reach it.
 
 An odd function of a matrix, ``X q(X^T X)``, changes its singular values alone. A schedule is a list of such
-functions that takes every singular value in [LOWEST, 1] to 1; docs/ops/procrustes.md derives them.
+functions that takes every singular value between some lowest one and 1 to 1; docs/ops/procrustes.md derives
+them. On the CPU they are applied by csrc/cpu/procrustes.cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastkit.reference.procrustes import is_singular
 
 
 class Rational(NamedTuple):
-    """``x (a + b x^2) / (1 + c x^2)``: three products, two of them by a Cholesky factor's inverse."""
+    """``x (a + b x^2) / (1 + c x^2)``"""
 
     a: float
     b: float
@@ -34,17 +35,15 @@ class Quintic(NamedTuple):
     c2: float
 
 
-Step = Rational | Quintic
-
 LAST = Quintic(1.875, -1.25, 0.375)  # of an error e it leaves 5/2 e^3
 
-WITH_INVERSES: tuple[Step, ...] = (  # on the CPU
-    Rational(56.0, 756.25, 811.25),
-    Rational(28.0, 182.25, 209.25),
+RATIONALS = (Rational(56.0, 756.25, 811.25), Rational(28.0, 182.25, 209.25))  # first on the CPU,
+QUINTICS = (  # then these, and once more where they have not made a matrix orthogonal
     Quintic(2.312733213, -2.269700003, 0.9623634899),
     Quintic(1.875030767, -1.250034095, 0.3750033285),
 )
-PRODUCTS: tuple[Step, ...] = (  # on a GPU, where a Cholesky factor costs more than many products
+LOWEST_ON_CPU = 1.2e-4
+PRODUCTS = (  # on a GPU, where a Cholesky factor costs more than many products
     Quintic(5.493818144, -13.08291138, 8.815851697),
     *[Quintic(3.855145879, -4.520682548, 1.500019695)] * 5,
     Quintic(3.220405973, -3.372190137, 1.073815295),
@@ -52,12 +51,8 @@ PRODUCTS: tuple[Step, ...] = (  # on a GPU, where a Cholesky factor costs more t
     Quintic(1.875273806, -1.250301510, 0.3750277374),
     LAST,
 )
-AGAIN = {WITH_INVERSES: WITH_INVERSES[2:], PRODUCTS: ()}
-"""What follows a schedule, once, where that has not made a matrix orthogonal."""
-LOWEST = {WITH_INVERSES: 1.2e-4, PRODUCTS: 5e-5}
+LOWEST_ON_GPU = 5e-5
 
-_CHOLESKY = 128  # up to here a Cholesky factor and its inverse are LAPACK's, above they are made of products
-_BLOCK = 256  # on the CPU, of products known to be symmetric or triangular, blocks of columns are computed
 _SMALL = 64  # up to here float32 is iterated in float64: calls, not products, are what it costs
 _PROBES = 4
 _POWERS = 6
@@ -76,7 +71,7 @@ def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, 
         )
     with ieee_products(m):
         precise = m.double() if m.shape[-1] <= _SMALL else m
-        w, orthogonal = iterate(precise, PRODUCTS if m.is_cuda else WITH_INVERSES)
+        w, orthogonal = by_products(precise) if m.is_cuda else on_cpu(precise)
         w = w.to(m.dtype)
     singular = torch.zeros_like(orthogonal)
     if bool(orthogonal.all()):
@@ -117,65 +112,32 @@ def ieee_products(x: Tensor) -> Iterator[None]:
         backend.fp32_precision = before
 
 
-def iterate(m: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
-    """What a schedule makes of each matrix, and whether that is orthogonal."""
-    polish = (LAST,) if m.dtype == torch.float64 else ()
+def on_cpu(m: Tensor) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
+    """What rational steps and products make of each matrix, and whether that is orthogonal."""
+    quintics = (*QUINTICS, LAST) if m.dtype == torch.float64 else QUINTICS
+    flat = [[c for step in steps for c in step] for steps in (RATIONALS, quintics)]
+    return torch.ops.fastkit.polar_fwd(m, *flat)
+
+
+def by_products(m: Tensor) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
+    """What products alone make of each matrix, and whether that is orthogonal."""
     x = scaled(m)
     if len(x) == 1:
         x = x[0]  # PyTorch's product of two matrices is faster than that of a batch of one
-    room = torch.empty_like(x)
+    y = torch.empty_like(x)
     gram, square = (x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-1])) for _ in range(2))
-    _symmetric_product(x.mT, x, out=gram)
+    _product(x.mT, x, out=gram)
     bound = _MARGIN * _largest_eigenvalue(gram).sqrt()
     gram.div_(bound.square())
     x.div_(bound)
-    steps = schedule
-    while True:
-        for step in (*steps, *polish):
-            if isinstance(step, Rational):
-                _rational_step(step, x, gram, square, room)
-            else:
-                _symmetric_product(gram, gram, out=square, plus=gram, beta=step.c1, alpha=step.c2)
-                _product(x, square, out=room, plus=x, beta=step.c0)
-                x, room = room, x
-            _symmetric_product(x.mT, x, out=gram)
-        square.copy_(gram).diagonal(dim1=-2, dim2=-1).sub_(1.0)
-        orthogonal = square.abs_().amax((-2, -1)) <= 64 * torch.finfo(m.dtype).eps  # not where it is NaN
-        if steps is not schedule or not AGAIN[schedule] or bool(orthogonal.all()):
-            return x.reshape(m.shape), orthogonal.reshape(len(m))
-        steps = AGAIN[schedule]
-
-
-def _rational_step(step: Rational, x: Tensor, gram: Tensor, square: Tensor, room: Tensor) -> None:
-    """``x = b / c x + (a - b / c) x (1 + c gram)^-1``, with the inverse ``J^T J``."""
-    a, b, c = step
-    gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1.0)
-    inverse = _inverse_of_factor(gram, out=square.zero_())
-    for columns in _columns(x):
-        end = columns.stop
-        _product(x[..., :end], inverse[..., columns, :end].mT, out=room[..., columns])
-    for columns in _columns(x):
-        start, of_x = columns.start, x[..., columns]
-        _product(
-            room[..., start:],
-            inverse[..., start:, columns],
-            out=of_x, plus=of_x, beta=b / c, alpha=a - b / c,
-        )  # fmt: skip
-
-
-def _inverse_of_factor(a: Tensor, *, out: Tensor) -> Tensor:
-    """The inverse of the Cholesky factor of a, in the lower triangle of ``out``."""
-    size = a.shape[-1]
-    if size <= _CHOLESKY:
-        eye = torch.eye(size, dtype=a.dtype, device=a.device).expand_as(a)
-        return out.copy_(torch.linalg.solve_triangular(torch.linalg.cholesky_ex(a).L, eye, upper=False))
-    first, second = slice(0, size // 2), slice(size // 2, size)
-    of_first = _inverse_of_factor(a[..., first, first], out=out[..., first, first])
-    across = a[..., second, first] @ of_first.mT
-    rest = a[..., second, second] - across @ across.mT
-    of_second = _inverse_of_factor(rest, out=out[..., second, second])
-    torch.matmul(-of_second, across @ of_first, out=out[..., second, first])
-    return out
+    for step in (*PRODUCTS, LAST) if m.dtype == torch.float64 else PRODUCTS:
+        _product(gram, gram, out=square, plus=gram, beta=step.c1, alpha=step.c2)
+        _product(x, square, out=y, plus=x, beta=step.c0)
+        x, y = y, x
+        _product(x.mT, x, out=gram)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    orthogonal = gram.abs().amax((-2, -1)) <= 64 * torch.finfo(m.dtype).eps  # not where it is NaN
+    return x.reshape(m.shape), orthogonal.reshape(len(m))
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -208,27 +170,3 @@ def _product(
         torch.addmm(base, a, b, beta=beta, alpha=alpha, out=out)
     else:
         torch.baddbmm(base, a, b, beta=beta, alpha=alpha, out=out)
-
-
-def _symmetric_product(
-    a: Tensor, b: Tensor, *, out: Tensor, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
-) -> None:
-    """``_product`` of which it is known that it is symmetric."""
-    for columns in _columns(out):
-        start, end = columns.start, columns.stop
-        _product(
-            a[..., :end, :],
-            b[..., columns],
-            out=out[..., :end, columns],
-            plus=None if plus is None else plus[..., :end, columns],
-            beta=beta,
-            alpha=alpha,
-        )
-        out[..., columns, :start].copy_(out[..., :start, columns].mT)
-
-
-def _columns(x: Tensor) -> list[slice]:
-    """The blocks in which a product is computed that is symmetric or has a triangular factor."""
-    size = x.shape[-1]
-    blocks = 1 if x.dim() > 2 or x.is_cuda else max(1, size // _BLOCK)
-    return [slice(k * size // blocks, (k + 1) * size // blocks) for k in range(blocks)]
