@@ -26,7 +26,7 @@ done
 .venv/bin/python -W ignore - <<'PYTHON'
 import importlib
 
-for module in ("fastkit.ops", "torch", "scipy", "philtorch", "torchlpc", "torchaudio", "peft"):
+for module in ("fastkit.ops", "torch", "scipy", "philtorch", "torchlpc", "torchaudio", "peft", "sklearn", "faiss"):
     try:
         importlib.import_module(module)
     except Exception as error:

@@ -7,7 +7,8 @@ import torch
 
 from fastkit.bench import cases
 from fastkit.bench.case import Skip
-from fastkit.bench.cases import iir_scan, iir_scan_chunks
+from fastkit.bench.cases import iir_scan, iir_scan_chunks, moments, procrustes, topk_similarity
+from fastkit.bench.contest import SAME_WORK
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -40,6 +41,17 @@ def test_the_shapes_of_iir_scan():
     assert floors["iir_scan", "8x16384x256 view F=4", "fwd+bwd"] == 20 * samples
     assert floors["iir_scan", "16x1x480000 fixed", "fwd+bwd"] == 24 * 16 * 480000
     assert {op for op, *_ in floors} == {"iir_scan", "sosfilt", "iir_step"}
+
+
+def test_the_floors_of_what_is_bound_by_arithmetic():
+    chosen = [*moments.cases(), *procrustes.cases(), *topk_similarity.cases()]
+    floors = {(case.op, case.shape): (case.floor, case.floor_bytes) for case in chosen}
+    assert floors["moments", "200000x300"] == (SAME_WORK, 4 * 300 * 200300)
+    assert floors["polar", "1024x1024"] == ("svd", 8 * 1024**2)
+    assert floors["procrustes", "5000x300"] == ("svd", 4 * 300 * 10300)
+    assert floors["csls_topk", "20000x20000x300"] == (SAME_WORK, 4 * 40000 * 300 + 12 * 20000 * 10)
+    assert floors["topk_similarity", "1x200000x300"] == ("", 4 * 200001 * 300 + 120)
+    assert {op for op, _ in floors} == {"moments", "polar", "procrustes", "topk_similarity", "csls_topk"}
 
 
 def test_torch_compile_is_skipped_where_it_cannot_compile(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """What a benchmark compares: all contestants do the same work, and one that does not is seen."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +15,13 @@ from fastkit.bench.cases import (
     iir_scan_step,
     lora_linear_layer,
     lora_linear_prune,
+    moments_covariance,
+    procrustes_factor,
+    topk_similarity_csls,
+    topk_similarity_search,
 )
 from fastkit.bench.cases.iir_scan_modes import Bank, Fixed, Sections, TimeVarying
-from fastkit.bench.contest import Yardstick, load
+from fastkit.bench.contest import SAME_WORK, Yardstick, load, make_product
 
 MODES = [
     (Fixed, (3, 1, 384), False),
@@ -33,7 +40,7 @@ def makers_of(contest):
             yield label, make()
         except Skip as skip:
             package = label.split()[0]
-            assert package in (*iir_scan_peers.PACKAGES, "peft")
+            assert package in (*iir_scan_peers.PACKAGES, "peft", "sklearn", "faiss")
             assert str(skip).startswith(f"{package} is ")  # not installed, or made for another torch
 
 
@@ -102,6 +109,99 @@ def test_every_form_of_pruning_agrees_and_a_wrong_one_does_not():
         assert contest.error((mask, norm)) < 1e-6, label
         assert not contest.error((~mask, norm)) <= 1.0
         assert not contest.error((mask, 1.01 * norm)) <= 1e-4
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_every_form_of_moments_agrees_and_a_wrong_one_does_not(weights):
+    case = moments_covariance.case(300, 20, weights=weights, compile=False)
+    assert {SAME_WORK} == case.yardsticks
+    check_every_contestant(case, results=2, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (2, 3, 12, 12)])
+def test_every_way_to_a_factor_agrees_and_a_wrong_one_does_not(shape):
+    check_every_contestant(procrustes_factor.polar_case(*shape), results=1, tolerance=2e-5)
+
+
+def test_every_way_to_a_map_agrees_and_a_wrong_one_does_not():
+    check_every_contestant(procrustes_factor.procrustes_case(100, 20), results=1, tolerance=1e-5)
+
+
+def test_the_condition_of_a_matrix_is_what_it_says():
+    (m,) = procrustes_factor.polar_case(2, 30, 30).contest().inputs
+    assert torch.linalg.cond(m.double()) == pytest.approx(1e3, rel=1e-4)
+
+
+class FakeFaiss:
+    """Its exhaustive index, by its documented interface."""
+
+    class IndexFlatIP:
+        def __init__(self, width):
+            self.width = width
+
+        def add(self, keys):
+            assert keys.dtype == np.float32 and keys.shape[1] == self.width
+            self.keys = keys
+
+        def search(self, queries, k):
+            values, indices = torch.from_numpy(queries @ self.keys.T).topk(k)
+            return values.numpy(), indices.numpy()
+
+
+SEARCHES = [
+    topk_similarity_search.case(30, 50, 8, compile=False),
+    topk_similarity_search.case(30, 50, 8, metric="cosine", compile=False),
+    topk_similarity_search.case(1, 50, 8, compile=False),
+    topk_similarity_csls.case(30, 50, 8, compile=False),
+]
+
+
+@pytest.mark.parametrize("case", SEARCHES, ids=lambda case: case.title)
+def test_every_search_agrees_and_a_wrong_one_does_not(case, monkeypatch):
+    """Blocks that do not divide the queries, and all scores at once, are contestants too."""
+    monkeypatch.setattr(topk_similarity_search, "ROWS", 13)
+    fakes = {"faiss": FakeFaiss}
+    monkeypatch.setattr(topk_similarity_search, "load", lambda module: fakes.get(module) or load(module))
+    contest = case.contest()
+    labels = []
+    for label, call in makers_of(contest):
+        labels.append(label)
+        given = call()
+        assert contest.error(given) < 1e-6, label
+        if label == SAME_WORK:
+            continue
+        values, indices = map(torch.as_tensor, given)
+        assert contest.error((values + 1e-3 * values.max(), indices)) > case.tolerance
+        for wrong in (indices[-1, 1].item(), -1, 50):  # a key twice, and none
+            assert contest.error((values, _with_last(indices, wrong))) == math.inf
+        others = sorted({*range(50)} - {*indices[-1].tolist()})
+        assert all(contest.error((values, _with_last(indices, key))) > case.tolerance for key in others)
+        assert not contest.error((_with_last(values, math.nan), indices)) <= case.tolerance
+    assert (SAME_WORK in labels) == (case.floor == SAME_WORK) == (case.shape[:2] != "1x")
+    assert any(label.endswith("whole") for label in labels) == (case.shape[:2] != "1x")
+
+
+def _with_last(t, value):
+    changed = t.clone()
+    changed[-1, -1] = value
+    return changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_number_in_a_product_is_seen_and_rounding_is_not(dtype):
+    (result,), measure = make_product(10**6, "cpu", dtype)()
+    assert result.shape == (100, 100) and result.dtype == dtype
+    assert measure((result,)) < 1e-6
+    result[-1, -1] += 0.02 * result.abs().max()
+    assert measure((result,)) > 1e-3
+    result[-1, -1] = torch.nan
+    assert not measure((result,)) <= 1
+
+
+def test_a_product_has_the_work_that_it_is_to_have(monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (*a.shape, *b.shape, *out.shape))
+    (sizes,), _ = make_product(9 * 10**9, "cpu")()
+    assert sizes == (2146, 2048, 2048, 2048, 2146, 2048)
 
 
 class FakeLpc:

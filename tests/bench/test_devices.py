@@ -10,7 +10,13 @@ import torch
 
 from fastkit.bench import device, gpu, harness, measure, report
 from fastkit.bench.case import Case, Fault, Skip
-from fastkit.bench.cases import iir_scan_chunks
+from fastkit.bench.cases import (
+    iir_scan_chunks,
+    moments_covariance,
+    procrustes_factor,
+    topk_similarity_csls,
+    topk_similarity_search,
+)
 from fastkit.bench.harness import Row
 from fastkit.bench.measure import AGAIN, Check, Rounds, Settings
 
@@ -211,3 +217,24 @@ def test_every_form_on_a_gpu_agrees(shape):
         ((rows,),) = harness.run([case], settings)
         for row in rows:
             assert not row.note.startswith("differs") and "Error" not in row.note
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: moments_covariance.case(5000, 100, compile=False, device="cuda"),
+        lambda: moments_covariance.case(5000, 100, weights=True, compile=False, device="cuda"),
+        lambda: procrustes_factor.polar_case(3, 100, 100, device="cuda"),
+        lambda: procrustes_factor.procrustes_case(1000, 100, device="cuda"),
+        lambda: topk_similarity_search.case(5000, 3000, 64, compile=False, device="cuda"),
+        lambda: topk_similarity_search.case(
+            5000, 3000, 64, dtype=torch.bfloat16, compile=False, device="cuda"
+        ),
+        lambda: topk_similarity_csls.case(5000, 3000, 64, compile=False, device="cuda"),
+    ],
+)
+def test_what_is_bound_by_arithmetic_agrees_on_a_gpu(make):
+    ((rows,),) = harness.run([make()], Settings(rounds=5, seconds=1.0))
+    for row in rows:
+        assert not row.note.startswith("differs") and "Error" not in row.note

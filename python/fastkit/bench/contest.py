@@ -20,6 +20,8 @@ from fastkit.bench.case import Call, Skip
 
 DeviceType = Literal["cpu", "cuda"]
 
+SAME_WORK = "mm, same work"  # the label of what ``make_product`` makes
+
 
 class Yardstick(NamedTuple):
     """What a call gives that does something else than the op, for comparison; and its own error."""
@@ -52,6 +54,34 @@ def our_others(device: DeviceType, kernels: Kernels) -> frozenset[str]:
 def _of_gpu(kernels: Kernels) -> list[Impl]:
     impls: tuple[Impl, ...] = ("cuda", "triton")
     return [impl for impl in impls if impl in kernels]
+
+
+def make_product(multiply_adds: int, device: DeviceType, dtype: torch.dtype = torch.float32) -> Call:
+    """One product of large matrices that has so many multiply-adds: the floor of ops that are products.
+
+    The second matrix is a square of 2048, or, of less work than its cube, a smaller one.
+    """
+    side = min(2048, round(multiply_adds ** (1 / 3)))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(rows, side, generator=generator, device=device).to(dtype)
+        for rows in (round(multiply_adds / side**2), side)
+    )
+    out = a.new_empty(len(a), side)
+
+    def call() -> Yardstick:
+        return Yardstick((torch.mm(a, b, out=out),), partial(_error_of_product, a, b))
+
+    return call
+
+
+def _error_of_product(a: torch.Tensor, b: torch.Tensor, result: tuple[torch.Tensor]) -> float:
+    """Of some rows, beyond what rounding to the dtype makes."""
+    rows = torch.linspace(0, len(a) - 1, 16).long()
+    expected = a[rows].double() @ b.double()
+    allowed = torch.finfo(a.dtype).eps * expected.abs()
+    beyond = ((result[0][rows].double() - expected).abs() - allowed).clamp_min(0)
+    return float(beyond.amax() / expected.abs().amax())
 
 
 def compiler(device: DeviceType) -> Callable[..., Any]:
