@@ -19,11 +19,13 @@ namespace fastkit::FASTKIT_ISA {
 namespace {
 
 constexpr int kVectors = kVectorBytes == 64 ? 2 : 3;
-constexpr int kTile = kVectorBytes == 64 ? 8 : 4;  // kTile kVectors sums, and one row of vectors, are in registers
 template <class T>
 constexpr int kWide = kVectors * kLanes<T>;
+template <class T>  // rows whose sums are in registers, beside one row of vectors; a divisor of kWide
+constexpr int kTile = kVectorBytes == 64 ? 8 : kWide<T> % 4 == 0 ? 4 : 3;
 template <class T>
 constexpr int kSquare = kWide<T> * kWide<T>;
+static_assert(kWide<float> % kTile<float> == 0 && kWide<double> % kTile<double> == 0);
 template <class T>
 constexpr int kGroup = 24 * 1024 / (kSquare<T> * static_cast<int>(sizeof(T)));  // squares that the first cache holds
 constexpr int64_t kGrain = int64_t{1} << 17;  // multiply-adds that are worth a thread
@@ -112,9 +114,9 @@ FASTKIT_INLINE void accumulate(T* c, const T* a, int64_t across, const T* b, int
   constexpr int of_row = kTransposed ? 1 : kWide<T>, of_k = kTransposed ? kWide<T> : 1;
   for (int64_t first = 0; first < count; first += kGroup<T>) {
     const int64_t last = count - first < kGroup<T> ? count : first + kGroup<T>;
-    for (int row = 0; row < kWide<T>; row += kTile) {
+    for (int row = 0; row < kWide<T>; row += kTile<T>) {
       T* sums = c + row * kWide<T>;
-      Vec<T> sum[kTile][kVectors] = {};
+      Vec<T> sum[kTile<T>][kVectors] = {};
       for (int64_t k = first; k < last; ++k) {
         const T* of_a = a + k * across + row * of_row;
         const T* of_b = b + k * kSquare<T>;
@@ -123,7 +125,7 @@ FASTKIT_INLINE void accumulate(T* c, const T* a, int64_t across, const T* b, int
 #pragma GCC unroll 3
           for (int v = 0; v < kVectors; ++v) x[v] = load(of_b + m * kWide<T> + v * kLanes<T>);
 #pragma GCC unroll 8
-          for (int r = 0; r < kTile; ++r) {
+          for (int r = 0; r < kTile<T>; ++r) {
             const Vec<T> factor = broadcast(of_a[r * of_row + m * of_k]);
 #pragma GCC unroll 3
             for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(factor, x[v], sum[r][v]);
@@ -131,7 +133,7 @@ FASTKIT_INLINE void accumulate(T* c, const T* a, int64_t across, const T* b, int
         }
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kTile; ++r) {
+      for (int r = 0; r < kTile<T>; ++r) {
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) {
           T* to = sums + r * kWide<T> + v * kLanes<T>;
