@@ -68,6 +68,9 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   // the first; writes what is kept, a dense mask for each matrix.
   m.def("prune_rows_(Tensor(a!)[] matrices, Tensor[] norms, float ratio, Tensor(b!)[] masks) -> ()");
 
+  // Count (), float64, mean (D) and scatter (D,D) of the rows of x (N,D), each counted as its weight (N) says.
+  m.def("moments_fwd(Tensor x, Tensor? weights) -> (Tensor count, Tensor mean, Tensor scatter)");
+
   // Square sums (n,L), float64, of gradients of n tensors under L terms, term-major; 0 where there is none.
   m.def("mtadam_square_sums(Tensor?[] grads, int n) -> Tensor");
   // One step of Adam for L losses on n tensors. grads are of the terms from `first` on, their moments are folded in;

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from fastkit._dispatch import unavailable
 from fastkit._threads import threads
 from fastkit.ops import merge_moments, moments
+from fastkit.ops.moments import KERNELS
 from fastkit.testing import assert_matches_reference
 from fastkit.testing.moments import RowsSize, expected_results, make_inputs
 
@@ -14,8 +16,11 @@ strategies = pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.native
 
 
-@pytest.fixture(params=[None, "reference"], scope="module")
+@pytest.fixture(params=["cpu", "reference"], scope="module")
 def impl(request):
+    reason = unavailable(request.param, KERNELS)
+    if reason is not None:
+        pytest.skip(reason)
     with threads(1):
         yield request.param
 

@@ -7,12 +7,12 @@ from torch import Tensor
 from fastkit import reference
 from fastkit._autograd import autocasts, transforms, without_autocast
 from fastkit._dispatch import Impl, Kernels, choose
-from fastkit.ops._checks import HALF, arithmetic, check_tensors
+from fastkit.ops._checks import FLOATING, HALF, arithmetic, check_tensors
 from fastkit.ops.moments_autograd import differentiable_moments
 from fastkit.ops.moments_checks import check_merge, check_moments, check_values
 from fastkit.reference import Moments
 
-KERNELS: Kernels = {}
+KERNELS: Kernels = {"cpu": FLOATING}
 _OF_MERGE: Kernels = {}
 
 
@@ -37,8 +37,9 @@ def moments(
         x: rows, ``(N, D)``, float32, float64, bfloat16 or float16; any strides, no rows too.
         weights: w, ``(N,)``, in the dtype of x, or float32 for a half-precision x; finite and not negative.
             Of a row that was seen k times, k; of a row that is left out, 0. Default: all 1.
-        impl: ``"reference"`` runs exactly that, backward included. Default: the kernel where one covers the
-            device and dtype, else the reference, with the gradients below.
+        impl: ``"cpu"`` or ``"reference"`` runs exactly that, backward included, or raises. Default: the
+            kernel where one covers the device and dtype, else the reference; where that is for want of a
+            kernel that another installation has, one warning says so.
 
     Returns:
         ``Moments(count, mean, scatter)``: count ``()`` float64; mean ``(D,)`` and scatter ``(D, D)`` in
@@ -51,15 +52,15 @@ def moments(
         ValueError: a shape or the name ``impl`` is not as above.
         TypeError: an argument is no dense tensor, or its dtype is not as above.
         RuntimeError: ``impl`` cannot run here; tensors are on different devices; or a weight is negative or
-            not finite, which is looked at on a CPU, outside of ``torch.compile`` and of function transforms:
-            elsewhere the formula holds for what weights there are.
+            not finite, which is looked at on a CPU, but not under function transforms, and by the reference
+            not under ``torch.compile``: there the formula holds for what weights there are.
 
     Numerics: rows are shifted before they are multiplied, so a mean that is large beside the deviations does
     no harm. With u half the eps of the arithmetic (float32 for half precision, else x's dtype) and s the
     square roots of the scatter's diagonal, ``|error of scatter_ij| <= (N + 10) u s_i s_j``, up to terms of
     u^2, and ``|error of mean| <= u |mean| + (N + 4) u (mean of |x - mean|)``. The count is summed in
     float64. A NaN reaches the mean of its column, and the row and column of the scatter, whatever its
-    weight.
+    weight. Subnormal numbers are flushed to zero on x86.
 
     Support: gradients of any order to x and weights (``torch.compile`` keeps the first only);
     ``torch.func``, ``torch.vmap`` and forward mode run the reference; ``torch.compile(fullgraph=True)``;
@@ -67,9 +68,10 @@ def moments(
     zero, mean and scatter have no gradient. Deterministic on one device and number of threads. DTensor is
     refused: merge the moments of the local rows.
 
-    Memory and work: ``N D^2`` multiply-adds, half of which symmetry makes superfluous; the gradient takes
-    another ``N D^2``. Where no kernel runs, copies of x are made. Saved for backward: the mean, and the
-    arguments by reference.
+    Memory and work: ``N D^2`` multiply-adds, of which the CPU kernel does half, as the scatter is symmetric;
+    the gradient takes another ``N D^2``. The CPU kernel reads rows of any stride where they lie, and makes no
+    centred copy; it has 6 D^2 bytes (float64: 8 D^2) for each thread, and less than x for all. The reference
+    and the gradient make copies of x. Saved for backward: the mean, and the arguments by reference.
 
     Source: Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance: Analysis and
     Recommendations", The American Statistician 37, 1983.
@@ -85,12 +87,13 @@ def moments(
     if weights is not None and weights.dtype in HALF and autocasts(x):
         weights = weights.to(arithmetic(x))
     check_moments("moments", x, weights)
-    choose("moments", impl, x, KERNELS)
-    check_values("moments", weights)
+    chosen = choose("moments", impl, x, KERNELS)
+    if chosen != "cpu":  # which looks at the weights as it reads them
+        check_values("moments", weights)
     if impl == "reference" or transforms():
         with without_autocast(x):
             return reference.moments(x, weights=weights)
-    return differentiable_moments(x, weights)
+    return differentiable_moments(x, weights, chosen)
 
 
 def merge_moments(

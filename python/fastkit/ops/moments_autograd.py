@@ -19,32 +19,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkit import reference
+from fastkit import _native, reference
 from fastkit._autograd import Function, differentiates, without_autocast
+from fastkit._dispatch import Impl
 from fastkit.ops._checks import arithmetic
 from fastkit.reference import Moments
 
+if _native.REASON is None:
+    _fwd = torch.ops.fastkit.moments_fwd.default
 
-def differentiable_moments(x: Tensor, weights: Tensor | None) -> Moments:
+    @torch.library.register_fake("fastkit::moments_fwd")
+    def _(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        # One argument on the meta device is enough for the dispatcher to come here.
+        if weights is not None and weights.device != x.device:
+            raise RuntimeError(f"moments: tensors must be on one device, got {x.device}, {weights.device}")
+        columns, dtype = x.shape[1], arithmetic(x)
+        count = x.new_empty((), dtype=torch.float64)
+        return count, x.new_empty(columns, dtype=dtype), x.new_empty((columns, columns), dtype=dtype)
+
+
+def differentiable_moments(x: Tensor, weights: Tensor | None, chosen: Impl) -> Moments:
     if differentiates(x, weights):
-        return Moments(*_Moments.apply(x, weights))
-    return _run(x, weights)
+        return Moments(*_Moments.apply(x, weights, chosen))
+    return _run(x, weights, chosen)
 
 
-def _run(x: Tensor, weights: Tensor | None) -> Moments:
+def _run(x: Tensor, weights: Tensor | None, chosen: Impl) -> Moments:
+    if chosen == "cpu":
+        return Moments(*_fwd(x, weights))
     with without_autocast(x):
         return reference.moments(x, weights=weights)
 
 
 class _Moments(Function):
     @staticmethod
-    def forward(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        count, mean, scatter = _run(x, weights)
+    def forward(x: Tensor, weights: Tensor | None, chosen: Impl) -> tuple[Tensor, Tensor, Tensor]:
+        count, mean, scatter = _run(x, weights, chosen)
         return count, mean, scatter
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weights = inputs
+        x, weights, _ = inputs
         count, mean, _ = output
         if weights is None or not weights.requires_grad:
             ctx.mark_non_differentiable(count)
@@ -52,12 +67,13 @@ class _Moments(Function):
         ctx.save_for_backward(x, weights, mean)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         gcount, gmean, gscatter = grad_outputs
         x, weights, mean = ctx.saved_tensors
-        needs_x, needs_weights = ctx.needs_input_grad
+        needs_x, needs_weights, _ = ctx.needs_input_grad
         with without_autocast(x):
-            return _gradients(gcount, gmean, gscatter, x, weights, mean.detach(), needs_x, needs_weights)
+            gradients = _gradients(gcount, gmean, gscatter, x, weights, mean.detach(), needs_x, needs_weights)
+        return *gradients, None
 
 
 def _gradients(

@@ -24,8 +24,8 @@ class RowsSize(NamedTuple):
         return f"N{self.N}-D{self.D}"
 
 
-# Rows around what kernels may take at a time (4, 8, 192, 256, 1024), columns around vectors (4, 8, 16) and
-# tiles (24, 48, 96).
+# Rows around what kernels may take at a time (4, 8, 96, 192, 256, 1024, 1920), columns around vectors (4, 8,
+# 16) and tiles (24, 48, 96).
 SIZES = [
     RowsSize(0, 3),
     RowsSize(1, 1),
@@ -42,6 +42,9 @@ SIZES = [
     RowsSize(257, 97),
     RowsSize(1025, 24),
     RowsSize(5000, 3),
+    RowsSize(95, 23),
+    RowsSize(97, 47),
+    RowsSize(1921, 26),
 ]
 
 

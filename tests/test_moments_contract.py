@@ -1,0 +1,111 @@
+"""What moments and merge_moments promise: the modes of the table on their page.
+
+``python tests/test_moments_contract.py`` writes the table into docs/ops/moments.md.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkit import ops, reference
+from fastkit._dispatch import IMPLS, unavailable
+from fastkit.ops.moments import KERNELS
+from fastkit.testing.contract import CAPABILITIES, Contract, Mode, arithmetic_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "ops" / "moments.md"
+
+native = pytest.mark.native
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch.compile
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch.func.jvp
+]
+
+
+# The rows
+
+
+def inputs_of(weighted: bool, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """Noise around 1, and positive weights; beside half precision in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 1 + torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    weights = 0.1 + torch.rand(7, generator=generator, dtype=torch.float64)
+    return (x.to(dtype), weights.to(arithmetic_of(dtype))) if weighted else (x.to(dtype),)
+
+
+def function_of(impl: str | None) -> Callable[..., tuple[Tensor, ...]]:
+    """Without weights the count is a number of rows, which has no gradient."""
+    run = reference.moments if impl is None else partial(ops.moments, impl=impl)
+
+    def function(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+        found = run(x, weights=weights)
+        return found[1:] if weights is None else tuple(found)
+
+    return function
+
+
+def merged_of(impl: str | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The moments of the first rows and of the others."""
+    run, merge = (reference, reference) if impl is None else (ops, ops)
+    options = {} if impl is None else {"impl": impl}
+
+    def function(x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        parts = (run.moments(x[rows], weights=weights[rows], **options) for rows in (slice(3), slice(3, 7)))
+        return tuple(merge.merge_moments(*parts))
+
+    return function
+
+
+def dtypes_of(weighted: bool, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    mean_and_scatter = (arithmetic_of(dtype),) * 2
+    return (torch.float64, *mean_and_scatter) if weighted else mean_and_scatter
+
+
+MODES = {
+    "moments": Mode(partial(inputs_of, False), function_of, partial(dtypes_of, False)),
+    "moments, weights": Mode(partial(inputs_of, True), function_of, partial(dtypes_of, True)),
+    "merge_moments of two": Mode(partial(inputs_of, True), merged_of, partial(dtypes_of, True)),
+}
+
+# Whether an implementation runs here; or which calls it covers, with tests of its own.
+IMPLEMENTATIONS = {
+    "cpu": "yes",
+    "reference": "yes",
+    "cuda": "no: this op has no such implementation",
+    "triton": "no: this op has no such implementation",
+}
+
+CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})
+
+
+@native
+@pytest.mark.parametrize("impl", CONTRACT.running)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_cell(mode, capability, impl):
+    reason = unavailable(impl, KERNELS)
+    if reason is not None:
+        pytest.skip(reason)
+    CONTRACT.check(mode, capability, impl)
+
+
+@native
+def test_the_table_has_every_implementation():
+    assert set(IMPLEMENTATIONS) == set(IMPLS)
+    for impl in IMPLS:
+        if impl != "reference" and impl not in KERNELS:
+            assert unavailable(impl, KERNELS) in IMPLEMENTATIONS[impl]
+
+
+def test_page_has_the_table():
+    if not PAGE.is_file():
+        pytest.skip("the tests are here without the documentation")
+    text = PAGE.read_text()
+    assert text == CONTRACT.on_page(text), f"run: python {Path(__file__).name}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(CONTRACT.on_page(PAGE.read_text()))
