@@ -86,6 +86,16 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   // The orthogonal factors of m (B,P,Q), P >= Q, and whether they have become orthogonal (B). Steps, three numbers each:
   // x (a + b x^2) / (1 + c x^2) of each singular value x, then x (c0 + c1 x^2 + c2 x^4), which are taken again if needed.
   m.def("polar_fwd(Tensor m, float[] rationals, float[] quintics) -> (Tensor w, Tensor orthogonal)");
+
+  // The k best rows of keys (m,D) for each of queries (n,D): q . x + key_bias (m), descending, or |q - x|^2, ascending;
+  // the lower index first of equal ones, NaN and -1 where fewer are numbers. Values (n,k), float32 for half precision.
+  m.def(
+      "topk_similarity_fwd(Tensor queries, Tensor keys, Tensor? key_bias, int k, bool l2) -> "
+      "(Tensor values, Tensor indices)");
+  // The k best keys by q . x for each query, (n,k), and the k best queries for each key, (m,k), in one pass.
+  m.def(
+      "topk_similarity_both_fwd(Tensor queries, Tensor keys, int k) -> "
+      "(Tensor values, Tensor indices, Tensor key_values, Tensor key_indices)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

@@ -93,7 +93,10 @@ def test_the_default_is_ten_neighbors_and_products(impl):
     for found, expected in (
         (csls_topk(queries, keys, 2, impl=impl), csls_topk(queries, keys, 2, neighbors=10, impl=impl)),
         (csls_topk(queries, keys, 2, impl=impl), csls_topk(queries, keys, 2, sources=queries, impl=impl)),
-        (topk_similarity(queries, keys, 2), topk_similarity(queries, keys, 2, metric="dot", impl=impl)),
+        (
+            topk_similarity(queries, keys, 2, impl=impl),
+            topk_similarity(queries, keys, 2, metric="dot", impl=impl),
+        ),
     ):
         assert torch.equal(found.indices, expected.indices) and torch.equal(found.values, expected.values)
 

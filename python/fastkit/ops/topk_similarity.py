@@ -7,16 +7,18 @@ from typing import Literal
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._autograd import autocasts, transforms
+from fastkit._autograd import autocasts, differentiates, transforms
 from fastkit._dispatch import Impl, Kernels, choose
-from fastkit.ops._checks import HALF, arithmetic, check_tensors
-from fastkit.ops.topk_similarity_autograd import nearest
+from fastkit.ops._checks import FLOATING, HALF, arithmetic, check_tensors
+from fastkit.ops.topk_similarity_autograd import both_nearest, nearest
 from fastkit.ops.topk_similarity_checks import check_csls, check_topk
 from fastkit.reference import TopK
 from fastkit.reference.topk_similarity import unit_rows
 
-KERNELS: Kernels = {}
+KERNELS: Kernels = {"cpu": FLOATING}
 Metric = Literal["dot", "cosine", "l2"]
+_NUMBERS = 2**19
+"""So many numbers of a table are normalised at a time: it takes several copies of them."""
 
 
 def topk_similarity(
@@ -48,8 +50,8 @@ def topk_similarity(
             that of a row with inf is NaN.
         key_bias: ``(m,)`` in the dtype of queries, or float32 for half-precision ones; what is added to the
             product with each key; not with ``"l2"``. -inf puts a key behind all others. Default: nothing.
-        impl: ``"reference"`` runs exactly that or raises; there is no kernel yet. Default: a kernel where one
-            covers the device and dtype, else the reference.
+        impl: ``"cpu"`` or ``"reference"`` runs exactly that or raises. Default: the kernel where one covers
+            the device and dtype, else the reference.
 
     Returns:
         ``TopK(values, indices)``, each ``(n, k)``. values: the scores, float32, or float64 of float64
@@ -73,10 +75,11 @@ def topk_similarity(
     ``torch.vmap`` and forward mode run the reference; ``torch.compile(fullgraph=True)``; under autocast
     half precision is raised to float32. Rows of zeros, inf or NaN get no gradient from their cosine.
 
-    Memory and work: ``n m D`` multiply-adds, and a selection. The reference works on blocks of about 2^18
-    scores, and copies keys once. Backward takes ``n k D`` multiply-adds for each gradient, and buffers of
-    2^20 numbers; double backward keeps several of n k D. Saved for backward are the indices, and the
-    arguments by reference, or their normalised rows.
+    Memory and work: ``n m D`` multiply-adds, by the library's matrix product, and a selection. On the CPU a
+    block of scores of 16 MiB, and lists of ``2 k + 32`` candidates for 2048 queries; the reference works on
+    blocks of about 2^18 scores, and copies keys once. Backward takes ``n k D`` multiply-adds for each
+    gradient, and buffers of 2^20 numbers; double backward keeps several of n k D. Saved for backward are the
+    indices, and the arguments by reference, or their normalised rows.
 
     Source: exhaustive search. That the selection follows each block of products: Johnson, Douze, Jégou,
     "Billion-scale similarity search with GPUs", arXiv:1702.08734.
@@ -98,6 +101,7 @@ def topk_similarity(
         return reference.topk_similarity(queries, keys, k, metric=metric, key_bias=key_bias)
     if metric == "cosine":
         queries, keys = _unit_rows(queries), _unit_rows(keys)
+        key_bias = None if key_bias is None else key_bias.to(queries.dtype)
     return nearest(queries, keys, key_bias, k, metric == "l2", chosen)
 
 
@@ -146,8 +150,8 @@ def csls_topk(
     Numerics, Support: as of ``topk_similarity`` by cosine; gradients flow through both means too. Keys are
     ranked by ``cos - p / 2``, before r is subtracted.
 
-    Memory and work: ``(2 n + s) m D`` multiply-adds; normalised copies of the arguments, and
-    ``(n + m) neighbors`` values and indices of the means.
+    Memory and work: ``2 n m D`` multiply-adds, or ``(2 n + s) m D`` with sources; normalised copies of the
+    arguments, and ``(n + m) neighbors`` values and indices of the means.
 
     Source: Conneau, Lample, Ranzato, Denoyer, Jégou, "Word Translation Without Parallel Data", ICLR 2018,
     arXiv:1710.04087.
@@ -169,15 +173,23 @@ def csls_topk(
     if transforms():
         return reference.csls_topk(queries, keys, k, sources=sources, neighbors=neighbors)
     queries, keys = _unit_rows(queries), _unit_rows(keys)
-    sources = queries if sources is None else _unit_rows(sources)
-    of_queries = nearest(queries, keys, None, neighbors, False, chosen).values.mean(1, keepdim=True)
-    of_keys = nearest(keys, sources, None, neighbors, False, chosen).values.mean(1)
-    values, indices = nearest(queries, keys, -of_keys / 2, k, False, chosen)
-    return TopK(2 * values - of_queries, indices)
+    if sources is None:
+        of_queries, of_keys = both_nearest(queries, keys, neighbors, chosen)
+    else:
+        of_queries = nearest(queries, keys, None, neighbors, False, chosen)
+        of_keys = nearest(keys, _unit_rows(sources), None, neighbors, False, chosen)
+    values, indices = nearest(queries, keys, -of_keys.values.mean(1) / 2, k, False, chosen)
+    return TopK(2 * values - of_queries.values.mean(1, keepdim=True), indices)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    return unit_rows(x.to(arithmetic(x)))
+    if differentiates(x):
+        return unit_rows(x.to(arithmetic(x)))
+    unit = x.new_empty(x.shape, dtype=arithmetic(x))
+    rows = max(1, _NUMBERS // x.shape[1])
+    for block, to in zip(x.split(rows), unit.split(rows), strict=True):
+        to.copy_(unit_rows(block.to(arithmetic(x))))
+    return unit
 
 
 def _raised(x: Tensor) -> Tensor:

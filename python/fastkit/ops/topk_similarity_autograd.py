@@ -1,4 +1,4 @@
-"""The values of topk_similarity made differentiable, to any order.
+"""The raw ops of topk_similarity, their values made differentiable, to any order.
 
 The choice is piecewise constant, so a value has the gradient of its pair's score: for a product that of
 ``q . k_j + b_j``, for a squared distance that of ``|q - k_j|^2``. Backward gathers the chosen keys again and
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkit import reference
+from fastkit import _native, reference
 from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit._dispatch import Impl
 from fastkit.ops._checks import arithmetic
@@ -20,6 +20,35 @@ from fastkit.reference import TopK
 
 _NUMBERS = 2**20
 """Of the chosen keys, and of the gradients to them, about so many numbers exist at a time."""
+
+
+if _native.REASON is None:
+    _fwd = torch.ops.fastkit.topk_similarity_fwd.default
+    _both_fwd = torch.ops.fastkit.topk_similarity_both_fwd.default
+
+    @torch.library.register_fake("fastkit::topk_similarity_fwd")
+    def _(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool) -> tuple[Tensor, Tensor]:
+        _check_fake(queries, keys, key_bias)
+        return _empty(queries, queries.shape[0], k)
+
+    @torch.library.register_fake("fastkit::topk_similarity_both_fwd")
+    def _(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _check_fake(queries, keys)
+        return *_empty(queries, queries.shape[0], k), *_empty(queries, keys.shape[0], k)
+
+    def _check_fake(queries: Tensor, *others: Tensor | None) -> None:
+        # One argument on the meta device is enough for the dispatcher to come here.
+        for other in others:
+            if other is not None and other.device != queries.device:
+                raise RuntimeError(
+                    f"topk_similarity: tensors must be on one device, got {queries.device}, {other.device}"
+                )
+
+    def _empty(like: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor]:
+        return (
+            like.new_empty((rows, k), dtype=arithmetic(like)),
+            like.new_empty((rows, k), dtype=torch.int64),
+        )
 
 
 def nearest(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl) -> TopK:
@@ -30,11 +59,28 @@ def nearest(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: 
     return TopK(*_run(*args))
 
 
+def both_nearest(queries: Tensor, keys: Tensor, k: int, chosen: Impl) -> tuple[TopK, TopK]:
+    """The k keys with the greatest products with each query, and the k queries for each key."""
+    args = (queries, keys, k, chosen)
+    values, indices, key_values, key_indices = (
+        _BothNearest.apply(*args) if differentiates(queries, keys) else _run_both(*args)
+    )
+    return TopK(values, indices), TopK(key_values, key_indices)
+
+
 def _run(
     queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl
 ) -> tuple[Tensor, Tensor]:
-    assert chosen == "reference"  # the only one so far
+    if chosen == "cpu":
+        return _fwd(queries, keys, key_bias, k, l2)
+    assert chosen == "reference"
     return reference.topk_similarity(queries, keys, k, metric="l2" if l2 else "dot", key_bias=key_bias)
+
+
+def _run_both(queries: Tensor, keys: Tensor, k: int, chosen: Impl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if chosen == "cpu":
+        return _both_fwd(queries, keys, k)
+    return *_run(queries, keys, None, k, False, chosen), *_run(keys, queries, None, k, False, chosen)
 
 
 class _Nearest(Function):
@@ -62,6 +108,43 @@ class _Nearest(Function):
         with without_autocast(g):
             gradients = _gradients(g, queries, keys, indices, ctx.l2, ctx.needs_input_grad, ctx.of_bias)
         return *gradients, None, None, None
+
+
+class _BothNearest(Function):
+    @staticmethod
+    def forward(queries: Tensor, keys: Tensor, k: int, chosen: Impl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _run_both(queries, keys, k, chosen)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        queries, keys, _, _ = inputs
+        _, indices, _, key_indices = output
+        ctx.mark_non_differentiable(indices, key_indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(queries, keys, indices, key_indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        g, _, key_g, _ = grad_outputs
+        queries, keys, indices, key_indices = ctx.saved_tensors
+        of_queries, of_keys = ctx.needs_input_grad[:2]
+        gqueries = gkeys = None
+        if g is not None:
+            with without_autocast(g):
+                gqueries, gkeys, _ = _gradients(
+                    g, queries, keys, indices, False, (of_queries, of_keys, False), None
+                )
+        if key_g is not None:
+            with without_autocast(key_g):
+                to_keys, to_queries, _ = _gradients(
+                    key_g, keys, queries, key_indices, False, (of_keys, of_queries, False), None
+                )
+                gqueries, gkeys = _sum(gqueries, to_queries), _sum(gkeys, to_keys)
+        return gqueries, gkeys, None, None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _gradients(
