@@ -96,6 +96,8 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   m.def(
       "topk_similarity_both_fwd(Tensor queries, Tensor keys, int k) -> "
       "(Tensor values, Tensor indices, Tensor key_values, Tensor key_indices)");
+  // Each row of x (n,D) over its norm, float32 for half precision: 0 of a row of zeros, NaN of one with inf or NaN.
+  m.def("unit_rows(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

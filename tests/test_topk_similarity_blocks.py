@@ -310,6 +310,40 @@ def test_opcheck():
             (q, x, bias.to(torch.promote_types(dtype, torch.float32)), 4, False),
         )
         opcheck(RAW.topk_similarity_both_fwd.default, (q, x, 4))
+        opcheck(RAW.unit_rows.default, (q,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 2, 7, 8, 31, 64, 100])
+def test_unit_rows(D, dtype):
+    """Of any scale; and those that have none."""
+    generator = torch.Generator().manual_seed(D)
+    x = torch.randn(7, D, generator=generator, dtype=torch.float64)
+    info = torch.finfo(dtype)
+    x[1] *= math.sqrt(info.tiny)
+    x[2] *= math.sqrt(info.max)
+    x = x.to(dtype)
+    x[3], x[4], x[5], x[6, -1] = 0.0, info.max, -info.tiny, math.nan
+    found, wide = RAW.unit_rows(x), RAW.unit_rows(torch.cat([x, x], 1)[:, :D])
+    assert torch.equal(found[:6], wide[:6]) and found[6].isnan().all() and (found[3] == 0).all()
+    exact = x.double()[[0, 1, 2, 4, 5]]
+    exact = exact / exact.abs().amax(1, keepdim=True)
+    exact = exact / torch.linalg.vector_norm(exact, dim=1, keepdim=True)
+    roundings = (D + 8) * torch.finfo(found.dtype).eps / 2
+    assert (found.double()[[0, 1, 2, 4, 5]] - exact).abs().max() <= roundings
+    x[6, -1] = math.inf
+    assert RAW.unit_rows(x)[6].isnan().all()
+
+
+def test_unit_rows_with_gradients_have_the_same_bits():
+    queries, keys, _ = make_tables(5, 9, 33)
+    plain = topk_similarity(queries, keys, 9, metric="cosine", impl="cpu")
+    values, indices = topk_similarity(queries.requires_grad_(), keys, 9, metric="cosine", impl="cpu")
+    assert torch.equal(values, plain.values) and torch.equal(indices, plain.indices)
+    with pytest.raises(RuntimeError, match="topk_similarity: a table must be on the CPU and have shape"):
+        RAW.unit_rows(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="topk_similarity: .*float32, float64"):
+        RAW.unit_rows(torch.zeros(3, 2, dtype=torch.int64))
 
 
 def test_tables_that_require_gradients():

@@ -288,10 +288,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_similarity_both_fwd(const Tensor
   return {of_queries.first, of_queries.second, of_keys.first, of_keys.second};
 }
 
+Tensor unit_rows(const Tensor& x) {
+  FASTKIT_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) >= 1,
+                "topk_similarity: a table must be on the CPU and have shape (n, D) with D >= 1");
+  const Tensor in = readable(x);
+  Tensor unit = new_empty(x, {x.size(0), x.size(1)}, arithmetic(x));
+  dispatch_floating("topk_similarity", x, [&](auto zero) {
+    using E = decltype(zero);
+    auto* to = static_cast<Arithmetic<E>*>(unit.data_ptr());
+    parallel(x.size(0), 8 * x.size(1), [&](int64_t begin, int64_t end) {
+      topk_kernels().of<E>().unit_rows(table<E>(in), x.size(1), to, begin, end);
+    });
+  });
+  return unit;
+}
+
 }  // namespace
 }  // namespace fastkit
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CPU, m) {
   m.impl("topk_similarity_fwd", TORCH_BOX(&fastkit::topk_similarity_fwd));
   m.impl("topk_similarity_both_fwd", TORCH_BOX(&fastkit::topk_similarity_both_fwd));
+  m.impl("unit_rows", TORCH_BOX(&fastkit::unit_rows));
 }

@@ -51,6 +51,11 @@ class ExactScope {
 #endif
 };
 
+template <class T>
+FASTKIT_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
 // --- sums over the columns -------------------------------------------------------------------------------------------
 
 template <class T>
@@ -179,6 +184,44 @@ template <class E>
 void prepare(const TopKBlock<E>& b, int64_t begin, int64_t end) {
   ExactScope scope;
   for (int64_t i = begin; i < end; ++i) prepare_row(b, i);
+}
+
+// Each row over its largest element and then over its norm: 0 of a row of zeros, NaN of one with inf or NaN.
+template <class E>
+void unit_rows(const TopKTable<E>& table, int64_t columns, Arithmetic<E>* to, int64_t begin, int64_t end) {
+  using T = Arithmetic<E>;
+  constexpr int L = kLanes<E>;
+  ExactScope scope;
+  for (int64_t i = begin; i < end; ++i) {
+    const E* row = table.row(i);
+    T* unit = to + i * columns;
+    Vec<T> most{}, nothing{};  // nothing: 0, or NaN
+    const auto look = [&](Vec<T> x) {
+      const Vec<T> size = x < Vec<T>{} ? -x : x;
+      most = size > most ? size : most;
+      nothing += x - x;
+    };
+    int64_t d = 0;
+    for (; d + L <= columns; d += L) look(load(row + d));
+    if (d < columns) look(load(row + d, columns - d));
+    T largest = 0;
+    for (int k = 0; k < L; ++k) largest = most[k] > largest ? most[k] : largest;
+    const T empty = sum_of<T>(nothing);
+    const bool regular = largest > 0 && empty == 0;
+    const auto divide = [&](auto&& term) {
+      int64_t at = 0;
+      for (; at + L <= columns; at += L) store(unit + at, term(at));
+      for (; at < columns; ++at) unit[at] = term(at, int64_t{1})[0];
+    };
+    divide([&](int64_t at, auto... n) { return regular ? load(row + at, n...) / broadcast(largest) : broadcast(empty); });
+    if (!regular) continue;
+    const T squares = sum_columns<T>(columns, [&](auto&& get, int64_t at, Vec<T> sum) {
+      const Vec<T> x = get(unit + at);
+      return fma<T>(x, x, sum);
+    });
+    const Vec<T> norm = broadcast<T>(IsSame<T, float> ? __builtin_sqrtf(squares) : __builtin_sqrt(squares));
+    divide([&](int64_t at, auto... n) { return load(static_cast<const T*>(unit + at), n...) / norm; });
+  }
 }
 
 // --- lists -----------------------------------------------------------------------------------------------------------
@@ -435,7 +478,7 @@ void finish(const TopKSearch<E>& s, int64_t begin, int64_t end, Arithmetic<E>* v
 
 template <class E>
 constexpr TopKFunctions<E> kFunctions = {center<E>, prepare<E>, begin_lists<E>, scan_rows<E>, scan_columns<E>,
-                                         finish<E>};
+                                         finish<E>, unit_rows<E>};
 
 }  // namespace
 

@@ -98,6 +98,7 @@ struct TopKFunctions {
   void (*scan_columns)(const TopKSearch<E>&, const TopKScores<T>&, int64_t first, int64_t begin, int64_t end);
   // Dense (seekers, k), the best first; NaN and -1 where there are fewer.
   void (*finish)(const TopKSearch<E>&, int64_t begin, int64_t end, T* values, int64_t* indices);
+  void (*unit_rows)(const TopKTable<E>&, int64_t columns, T* to, int64_t begin, int64_t end);  // `to` dense
 };
 
 using TopKKernels = OfEachElement<TopKFunctions>;

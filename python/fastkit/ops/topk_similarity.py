@@ -7,18 +7,15 @@ from typing import Literal
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._autograd import autocasts, differentiates, transforms
+from fastkit._autograd import autocasts, transforms
 from fastkit._dispatch import Impl, Kernels, choose
-from fastkit.ops._checks import FLOATING, HALF, arithmetic, check_tensors
-from fastkit.ops.topk_similarity_autograd import both_nearest, nearest
+from fastkit.ops._checks import FLOATING, HALF, check_tensors
+from fastkit.ops.topk_similarity_autograd import both_nearest, nearest, unit_rows
 from fastkit.ops.topk_similarity_checks import check_csls, check_topk
 from fastkit.reference import TopK
-from fastkit.reference.topk_similarity import unit_rows
 
 KERNELS: Kernels = {"cpu": FLOATING}
 Metric = Literal["dot", "cosine", "l2"]
-_NUMBERS = 2**19
-"""So many numbers of a table are normalised at a time: it takes several copies of them."""
 
 
 def topk_similarity(
@@ -100,7 +97,7 @@ def topk_similarity(
     if transforms():
         return reference.topk_similarity(queries, keys, k, metric=metric, key_bias=key_bias)
     if metric == "cosine":
-        queries, keys = _unit_rows(queries), _unit_rows(keys)
+        queries, keys = unit_rows(queries, chosen), unit_rows(keys, chosen)
         key_bias = None if key_bias is None else key_bias.to(queries.dtype)
     return nearest(queries, keys, key_bias, k, metric == "l2", chosen)
 
@@ -172,24 +169,14 @@ def csls_topk(
     chosen = choose(op, impl, queries, KERNELS)
     if transforms():
         return reference.csls_topk(queries, keys, k, sources=sources, neighbors=neighbors)
-    queries, keys = _unit_rows(queries), _unit_rows(keys)
+    queries, keys = unit_rows(queries, chosen), unit_rows(keys, chosen)
     if sources is None:
         of_queries, of_keys = both_nearest(queries, keys, neighbors, chosen)
     else:
         of_queries = nearest(queries, keys, None, neighbors, False, chosen)
-        of_keys = nearest(keys, _unit_rows(sources), None, neighbors, False, chosen)
+        of_keys = nearest(keys, unit_rows(sources, chosen), None, neighbors, False, chosen)
     values, indices = nearest(queries, keys, -of_keys.values.mean(1) / 2, k, False, chosen)
     return TopK(2 * values - of_queries.values.mean(1, keepdim=True), indices)
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    if differentiates(x):
-        return unit_rows(x.to(arithmetic(x)))
-    unit = x.new_empty(x.shape, dtype=arithmetic(x))
-    rows = max(1, _NUMBERS // x.shape[1])
-    for block, to in zip(x.split(rows), unit.split(rows), strict=True):
-        to.copy_(unit_rows(block.to(arithmetic(x))))
-    return unit
 
 
 def _raised(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit._dispatch import Impl
 from fastkit.ops._checks import arithmetic
 from fastkit.reference import TopK
+from fastkit.reference.topk_similarity import unit_rows as reference_unit_rows
 
 _NUMBERS = 2**20
 """Of the chosen keys, and of the gradients to them, about so many numbers exist at a time."""
@@ -25,6 +26,7 @@ _NUMBERS = 2**20
 if _native.REASON is None:
     _fwd = torch.ops.fastkit.topk_similarity_fwd.default
     _both_fwd = torch.ops.fastkit.topk_similarity_both_fwd.default
+    _unit_rows = torch.ops.fastkit.unit_rows.default
 
     @torch.library.register_fake("fastkit::topk_similarity_fwd")
     def _(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,10 @@ if _native.REASON is None:
     def _(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _check_fake(queries, keys)
         return *_empty(queries, queries.shape[0], k), *_empty(queries, keys.shape[0], k)
+
+    @torch.library.register_fake("fastkit::unit_rows")
+    def _(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape, dtype=arithmetic(x))
 
     def _check_fake(queries: Tensor, *others: Tensor | None) -> None:
         # One argument on the meta device is enough for the dispatcher to come here.
@@ -49,6 +55,13 @@ if _native.REASON is None:
             like.new_empty((rows, k), dtype=arithmetic(like)),
             like.new_empty((rows, k), dtype=torch.int64),
         )
+
+
+def unit_rows(x: Tensor, chosen: Impl) -> Tensor:  # (n, D)
+    """Each row over its norm, in the dtype of the arithmetic."""
+    if chosen != "cpu":
+        return reference_unit_rows(x.to(arithmetic(x)))
+    return _UnitRows.apply(x) if differentiates(x) else _unit_rows(x)
 
 
 def nearest(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl) -> TopK:
@@ -81,6 +94,31 @@ def _run_both(queries: Tensor, keys: Tensor, k: int, chosen: Impl) -> tuple[Tens
     if chosen == "cpu":
         return _both_fwd(queries, keys, k)
     return *_run(queries, keys, None, k, False, chosen), *_run(keys, queries, None, k, False, chosen)
+
+
+class _UnitRows(Function):
+    """The gradient is ``(g - u (u . g)) / |x|``, and 0 of rows of zeros, inf or NaN."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _unit_rows(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Tensor:
+        (g,) = grad_outputs
+        (x,) = ctx.saved_tensors
+        with without_autocast(x):
+            largest = x.detach().abs().amax(1, keepdim=True).to(g.dtype)
+            regular = (largest > 0) & largest.isfinite()
+            scaled = torch.where(regular, x.to(g.dtype), 1.0) / torch.where(regular, largest, 1.0)
+            norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+            unit = scaled / norm
+            gx = (g - unit * (unit * g).sum(1, keepdim=True)) / norm / torch.where(regular, largest, 1.0)
+            return torch.where(regular, gx, 0.0).to(x.dtype)
 
 
 class _Nearest(Function):
