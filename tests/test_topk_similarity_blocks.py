@@ -342,7 +342,7 @@ def test_unit_rows_with_gradients_have_the_same_bits():
     assert torch.equal(values, plain.values) and torch.equal(indices, plain.indices)
     with pytest.raises(RuntimeError, match="topk_similarity: a table must be on the CPU and have shape"):
         RAW.unit_rows(torch.zeros(3))
-    with pytest.raises(RuntimeError, match="topk_similarity: .*float32, float64"):
+    with pytest.raises(RuntimeError, match=r"topk_similarity: .*float32, float64"):
         RAW.unit_rows(torch.zeros(3, 2, dtype=torch.int64))
 
 

@@ -89,9 +89,9 @@ def covered(
     if absent is None:
         return chosen
     lack = f'impl="{chosen}" has no {absent}'
-    if impl is not None:
-        raise RuntimeError(f'{op}: {lack}; use impl="{x.device.type}"')
     others: list[Impl] = [name for name in _covering(x, kernels) if name != chosen]
+    if impl is not None:
+        raise RuntimeError(f'{op}: {lack}; use impl="{others[0] if others else "reference"}"')
     _native.warn_once(f"{lack}; {_why_not(others, kernels)}" if others else lack)
     return "reference"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastkit import reference
@@ -12,7 +13,7 @@ from fastkit.ops.moments_autograd import differentiable_moments
 from fastkit.ops.moments_checks import check_merge, check_moments, check_values
 from fastkit.reference import Moments
 
-KERNELS: Kernels = {"cpu": FLOATING}
+KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 _OF_MERGE: Kernels = {}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastkit import _native, reference
 from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit._dispatch import Impl
+from fastkit.ops import moments_triton
 from fastkit.ops._checks import arithmetic
 from fastkit.reference import Moments
 
@@ -48,6 +49,8 @@ def _run(x: Tensor, weights: Tensor | None, chosen: Impl) -> Moments:
     if chosen == "cpu":
         return Moments(*_fwd(x, weights))
     with without_autocast(x):
+        if chosen == "triton":
+            return Moments(*moments_triton.forward(x, weights))
         return reference.moments(x, weights=weights)
 
 

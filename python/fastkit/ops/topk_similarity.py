@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastkit import reference
 from fastkit._autograd import autocasts, transforms
-from fastkit._dispatch import Impl, Kernels, choose
+from fastkit._dispatch import Impl, Kernels, choose, covered
 from fastkit.ops._checks import FLOATING, HALF, check_tensors
 from fastkit.ops.topk_similarity_autograd import both_nearest, nearest, unit_rows
 from fastkit.ops.topk_similarity_checks import check_csls, check_topk
+from fastkit.ops.topk_similarity_triton import absent
 from fastkit.reference import TopK
 
-KERNELS: Kernels = {"cpu": FLOATING}
+KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 Metric = Literal["dot", "cosine", "l2"]
 
 
@@ -94,6 +96,8 @@ def topk_similarity(
         key_bias = None if key_bias is None else _raised(key_bias)
     check_topk(op, queries, keys, k, metric, key_bias)
     chosen = choose(op, impl, queries, KERNELS)
+    if chosen == "triton":
+        chosen = covered(op, impl, queries, KERNELS, chosen, absent=absent(k))
     if transforms():
         return reference.topk_similarity(queries, keys, k, metric=metric, key_bias=key_bias)
     if metric == "cosine":
@@ -167,6 +171,8 @@ def csls_topk(
         sources = None if sources is None else _raised(sources)
     check_csls(op, queries, keys, k, sources, neighbors)
     chosen = choose(op, impl, queries, KERNELS)
+    if chosen == "triton":
+        chosen = covered(op, impl, queries, KERNELS, chosen, absent=absent(max(k, neighbors)))
     if transforms():
         return reference.csls_topk(queries, keys, k, sources=sources, neighbors=neighbors)
     queries, keys = unit_rows(queries, chosen), unit_rows(keys, chosen)

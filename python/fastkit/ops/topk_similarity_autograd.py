@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkit import _native, reference
 from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit._dispatch import Impl
+from fastkit.ops import topk_similarity_triton
 from fastkit.ops._checks import arithmetic
 from fastkit.reference import TopK
 from fastkit.reference.topk_similarity import unit_rows as reference_unit_rows
@@ -59,9 +60,9 @@ if _native.REASON is None:
 
 def unit_rows(x: Tensor, chosen: Impl) -> Tensor:  # (n, D)
     """Each row over its norm, in the dtype of the arithmetic."""
-    if chosen != "cpu":
+    if chosen == "reference":
         return reference_unit_rows(x.to(arithmetic(x)))
-    return _UnitRows.apply(x) if differentiates(x) else _unit_rows(x)
+    return _UnitRows.apply(x, chosen) if differentiates(x) else _run_unit_rows(x, chosen)
 
 
 def nearest(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool, chosen: Impl) -> TopK:
@@ -86,7 +87,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if chosen == "cpu":
         return _fwd(queries, keys, key_bias, k, l2)
-    assert chosen == "reference"
+    if chosen == "triton":
+        return topk_similarity_triton.forward(queries, keys, key_bias, k, l2)
     return reference.topk_similarity(queries, keys, k, metric="l2" if l2 else "dot", key_bias=key_bias)
 
 
@@ -96,29 +98,48 @@ def _run_both(queries: Tensor, keys: Tensor, k: int, chosen: Impl) -> tuple[Tens
     return *_run(queries, keys, None, k, False, chosen), *_run(keys, queries, None, k, False, chosen)
 
 
+def _run_unit_rows(x: Tensor, chosen: Impl) -> Tensor:
+    if chosen == "cpu":
+        return _unit_rows(x)
+    regular, largest, scaled = _scaled_rows(x)
+    squares = scaled.square()
+    while squares.shape[1] > 1:  # in an order that the number of columns alone decides
+        half = (squares.shape[1] + 1) // 2
+        rest = squares[:, half:]
+        squares = squares[:, :half].clone()
+        squares[:, : rest.shape[1]] += rest
+    return torch.where(regular, scaled / squares.sqrt(), 0.0 * largest)
+
+
+def _scaled_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a row has a direction; its largest element; the row over it, and ones where it has none."""
+    x = x.to(arithmetic(x))
+    largest = x.detach().abs().amax(1, keepdim=True)
+    regular = (largest > 0) & largest.isfinite()
+    return regular, largest, torch.where(regular, x, 1.0) / torch.where(regular, largest, 1.0)
+
+
 class _UnitRows(Function):
     """The gradient is ``(g - u (u . g)) / |x|``, and 0 of rows of zeros, inf or NaN."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _unit_rows(x)
+    def forward(x: Tensor, chosen: Impl) -> Tensor:
+        return _run_unit_rows(x, chosen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
         (g,) = grad_outputs
         (x,) = ctx.saved_tensors
         with without_autocast(x):
-            largest = x.detach().abs().amax(1, keepdim=True).to(g.dtype)
-            regular = (largest > 0) & largest.isfinite()
-            scaled = torch.where(regular, x.to(g.dtype), 1.0) / torch.where(regular, largest, 1.0)
+            regular, largest, scaled = _scaled_rows(x)
             norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
             unit = scaled / norm
             gx = (g - unit * (unit * g).sum(1, keepdim=True)) / norm / torch.where(regular, largest, 1.0)
-            return torch.where(regular, gx, 0.0).to(x.dtype)
+            return torch.where(regular, gx, 0.0).to(x.dtype), None
 
 
 class _Nearest(Function):
