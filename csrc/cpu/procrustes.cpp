@@ -269,9 +269,21 @@ void rational_step(const Room<T>& room, const double* step, ParallelRanges paral
 template <class T>
 void read(const PolarMatrix<T>& p, const Blocks<T>& x, ParallelRanges parallel) {
   T largest = 0;
-  for (int64_t i = 0; i < p.rows * p.columns; ++i) {
+  Vec<T> most{}, nothing{};  // nothing: 0, or NaN where there is inf or NaN, which then is everywhere
+  int64_t i = 0, count = p.rows * p.columns;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    const Vec<T> x = load(p.m + i), size = x < Vec<T>{} ? -x : x;
+    most = size > most ? size : most;
+    nothing += x - x;
+  }
+  for (; i < count; ++i) {
     const T size = p.m[i] < 0 ? -p.m[i] : p.m[i];
-    if (!(size <= largest)) largest = size;  // a NaN stays
+    largest = size > largest ? size : largest;
+    nothing[0] += size - size;
+  }
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    largest = most[lane] > largest ? most[lane] : largest;
+    largest += nothing[lane];
   }
   int exponent = 0;
   (void)__builtin_frexp(static_cast<double>(largest), &exponent);
@@ -313,32 +325,46 @@ double largest_eigenvalue(const Room<T>& room, int64_t columns, ParallelRanges p
       clear(to.at(i, 0));
       accumulate<true>(to.at(i, 0), gram.at(0, i), kSquare<T>, from.data, gram.rows);
     });
-    double sums[kWide<T>] = {}, before[kWide<T>] = {};
-    for (int64_t i = 0; i < to.size(); ++i) {
-      sums[i % kWide<T>] += static_cast<double>(to.data[i]) * to.data[i];
-      before[i % kWide<T>] += static_cast<double>(from.data[i]) * from.data[i];
+    double sums[kWide<T>] = {};
+    for (int64_t i = 0; i < to.size(); i += kWide<T>) {
+      for (int k = 0; k < kWide<T>; ++k) sums[k] += static_cast<double>(to.data[i + k]) * to.data[i + k];
     }
     largest = 0;
+    T inverse[kWide<T>];
     for (int k = 0; k < kWide<T>; ++k) {
-      const double stretch = __builtin_sqrt(sums[k] / before[k]);
+      const double stretch = __builtin_sqrt(power == 0 ? sums[k] / columns : sums[k]);
       if (!(stretch <= largest)) largest = stretch;
-      sums[k] = 1 / __builtin_sqrt(sums[k]);
+      inverse[k] = static_cast<T>(1 / __builtin_sqrt(sums[k]));
     }
-    for (int64_t i = 0; i < to.size(); ++i) to.data[i] *= static_cast<T>(sums[i % kWide<T>]);
+    for (int64_t i = 0; i < to.size(); i += kWide<T>) {
+      for (int k = 0; k < kWide<T>; ++k) to.data[i + k] *= inverse[k];
+    }
     const Blocks<T> other = from;
     from = to, to = other;
   }
   return largest;
 }
 
+// Whether no element of G - 1 is larger than the tolerance, or NaN.
 template <class T>
 bool orthogonal(const Blocks<T>& gram, int64_t columns, double tolerance) {
-  for (int64_t j = 0; j < columns; ++j) {
-    const T* column = gram.at(0, j / kWide<T>) + j % kWide<T>;
+  Vec<T> most{}, nothing{};
+  for (int64_t j = 0; j < gram.columns; ++j) {
     for (int64_t i = 0; i <= j; ++i) {
-      const double difference = static_cast<double>(column[i * kWide<T>]) - (i == j ? 1 : 0);
-      if (!(difference <= tolerance && difference >= -tolerance)) return false;
+      T square[kSquare<T>];
+      copy(gram.at(i, j), square);
+      for (int64_t k = j * kWide<T>; i == j && k < columns && k < (j + 1) * kWide<T>; ++k) {
+        square[k % kWide<T> * (kWide<T> + 1)] -= 1;
+      }
+      for (int k = 0; k < kSquare<T>; k += kLanes<T>) {
+        const Vec<T> x = load(square + k), size = x < Vec<T>{} ? -x : x;
+        most = size > most ? size : most;
+        nothing += x - x;
+      }
     }
+  }
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    if (!(most[lane] <= tolerance && nothing[lane] == 0)) return false;
   }
   return true;
 }
