@@ -75,7 +75,7 @@ IMPLEMENTATIONS = {
     "cpu": "yes",
     "reference": "yes",
     "cuda": "no: this op has no such implementation",
-    "triton": "no: this op has no such implementation",
+    "triton": "every mode but float64, of CUDA tensors; in tests/interpreted_moments_triton.py",
 }
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})

@@ -79,7 +79,7 @@ IMPLEMENTATIONS = {
     "cpu": "yes",
     "reference": "yes",
     "cuda": "no: this op has no such implementation",
-    "triton": "no: this op has no such implementation",
+    "triton": "k up to 128, all but float64, of CUDA tensors; in tests/interpreted_topk_similarity_triton.py",
 }
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})

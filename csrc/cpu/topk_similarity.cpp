@@ -1,16 +1,15 @@
-// topk_similarity on the CPU: all but the products of blocks of two tables, which are the library's.
+// topk_similarity on the CPU.
 //
-// What       a scan of each block of scores, which compares them with a threshold for each list and keeps what is not
-//            below; each that is kept may raise the threshold. In the end the candidates of a list are decided.
-// Parallel   by lists: a thread scans its rows of a block, or its columns, and no other touches their lists.
-// Bytes      each score is written and read once, by rows, and a second time by columns: blocks fit a last-level cache.
-//            Deciding gathers k rows of the other table for each list.
-// Numerics   library's and exact score of a pair differ by no more than e, which follows from the sizes of both rows
-//            (margin_of). Where k scores are at least f, k exact ones are at least f - e; of a score below f - 2 e the
-//            exact one is below f - e, and not among the k best, not even by its index. The exact score is a sum over
-//            the columns in an order that the number of columns alone decides.
-// Worst      where more than k + 32 scores lie within 2 e of each other, as those of equal rows do, and where no e is
-//            finite, candidates are decided early, at the price of a gathered row each.
+// What       the product of two tables, or the squares of differences, of which no score is ever stored: kTile queries
+//            by kWide keys are summed in registers, and compared there with the worst score of each query's list, and
+//            of each key's where keys seek queries too. What is not below is entered. After some hundred keys that is
+//            rare.
+// Order      kWide keys at a time are copied, columns first, into the first-level cache; all queries of a sweep are
+//            led past them. Their rows stay in the second- or last-level cache.
+// Parallel   a thread has queries or, where these are few, keys of its own; lists of the other side are merged.
+// Bytes      keys are read once a sweep, queries once for kWide keys.
+// Numerics   a score is a sum over the columns, one after another: the order is the same for every pair, wherever it
+//            lies. So equal rows have equal scores, and neither blocks nor threads change a bit.
 #include "fastkit/topk_similarity.h"
 
 #include "cpu/simd.h"
@@ -18,24 +17,19 @@
 namespace fastkit::FASTKIT_ISA {
 namespace {
 
-template <class T>
-struct Limits;
-template <>
-struct Limits<float> {
-  static constexpr double roundoff = 0x1p-24, tiny = 0x1p-126, largest = 0x1.fffffep127;
-  static constexpr float least_square = 1e-25f;  // a smaller sum of squares may have lost some to underflow
-};
-template <>
-struct Limits<double> {
-  static constexpr double roundoff = 0x1p-53, tiny = 0x1p-1022, largest = 0x1.fffffffffffffp1023;
-  static constexpr double least_square = 1e-285;
-};
+constexpr int kVectors = 2;
+constexpr int kTile = kVectorBytes == 64 ? 8 : 6;  // kTile kVectors sums, and kVectors vectors of keys, in registers
+template <class E>
+constexpr int kWide = kVectors * kLanes<E>;
 template <class T>
 constexpr T kInfinity = __builtin_inf();
 template <class T>
 constexpr T kNaN = __builtin_nan("");
 
-constexpr bool is_finite(double x) { return x - x == 0; }
+template <class T>
+FASTKIT_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
 
 // Subnormal numbers are kept within its scope, whatever the mode of the thread: every thread gives the same bits.
 class ExactScope {
@@ -51,12 +45,7 @@ class ExactScope {
 #endif
 };
 
-template <class T>
-FASTKIT_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};
-}
-
-// --- sums over the columns -------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 FASTKIT_INLINE T sum_of(Vec<T> v) {
@@ -83,107 +72,6 @@ FASTKIT_INLINE Arithmetic<E> sum_columns(int64_t columns, Term&& term) {
   for (; d + L <= columns; d += L, ++i) sums[i] = term(whole, d, sums[i]);
   if (d < columns) sums[3] = term([&](const auto* p) { return load(p, columns - d); }, d, sums[3]);
   return sum_of<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-template <class E>
-FASTKIT_INLINE Arithmetic<E> exact_score(const TopKSearch<E>& s, int64_t seeker, int64_t found) {
-  using T = Arithmetic<E>;
-  const E *q = s.seekers.row(seeker), *x = s.found.row(found);
-  if (s.l2) {
-    return -sum_columns<E>(s.columns, [&](auto&& get, int64_t d, Vec<T> sum) {
-      const Vec<T> difference = get(q + d) - get(x + d);
-      return fma<T>(difference, difference, sum);
-    });
-  }
-  const T product = sum_columns<E>(
-      s.columns, [&](auto&& get, int64_t d, Vec<T> sum) { return fma<T>(get(q + d), get(x + d), sum); });
-  return s.bias == nullptr ? product : product + s.bias[found];
-}
-
-// --- preparation -----------------------------------------------------------------------------------------------------
-
-template <class E>
-void center(const TopKTable<E>& table, int64_t n, int64_t columns, Arithmetic<E>* center) {
-  using T = Arithmetic<E>;
-  const int64_t some = n < 512 ? n : 512;
-  for (int64_t d = 0; d < columns; ++d) center[d] = 0;
-  for (int64_t i = 0; i < some; ++i) {
-    const E* row = table.row(i * n / some);
-    for (int64_t d = 0; d < columns; ++d) center[d] += widened(row[d]) / static_cast<T>(some);
-  }
-  for (int64_t d = 0; d < columns; ++d) center[d] = is_finite(center[d]) ? center[d] : T{0};
-}
-
-// The norm where squares over- or underflow, or where there is none. Of products, what is not finite in a row gives
-// inf or NaN in any order of summation: the norm is that of the rest.
-template <class E>
-double careful_norm(const TopKBlock<E>& b, int64_t i) {
-  using T = Arithmetic<E>;
-  const auto element = [&](int64_t d) -> double {
-    const T value = widened(b.table.row(i)[d]);
-    return b.center == nullptr ? value : value - b.center[d];
-  };
-  double largest = 0, sum = 0;
-  for (int64_t d = 0; d < b.columns; ++d) {
-    const double x = element(d), size = x < 0 ? -x : x;
-    if (is_finite(x)) {
-      largest = largest < size ? size : largest;
-    } else if (b.center != nullptr) {
-      sum += size;
-    }
-  }
-  if (sum != 0) return sum;  // inf or NaN
-  for (int64_t d = 0; largest > 0 && d < b.columns; ++d) {
-    const double x = element(d) / largest;
-    if (is_finite(x)) sum += x * x;
-  }
-  return largest * __builtin_sqrt(sum);
-}
-
-template <class E>
-void prepare_row(const TopKBlock<E>& b, int64_t i) {
-  using T = Arithmetic<E>;
-  const E* row = b.table.row(i);
-  T* const packed = b.packed == nullptr ? nullptr : b.packed + i * b.columns;
-  for (int64_t d = 0; packed != nullptr && d < b.columns; d += kLanes<E>) {
-    const int64_t left = b.columns - d;
-    if (left >= kLanes<E>) {
-      const Vec<T> x = load(row + d);
-      store(packed + d, b.center == nullptr ? x : x - load(b.center + d));
-    } else {
-      const Vec<T> x = load(row + d, left);
-      store(packed + d, b.center == nullptr ? x : x - load(b.center + d, left), left);
-    }
-  }
-  const auto square = [](auto&& get, const auto* of, Vec<T> sum) {
-    const Vec<T> x = get(of);
-    return fma<T>(x, x, sum);
-  };
-  const T squares =
-      packed != nullptr
-          ? sum_columns<T>(b.columns, [&](auto&& get, int64_t d, Vec<T> s) { return square(get, packed + d, s); })
-          : sum_columns<E>(b.columns, [&](auto&& get, int64_t d, Vec<T> s) { return square(get, row + d, s); });
-  const bool plain = squares >= Limits<T>::least_square && is_finite(squares);
-  const double norm = plain ? __builtin_sqrt(static_cast<double>(squares)) : careful_norm(b, i);
-  b.norms[i] = norm;
-  if (b.half_squares == nullptr) return;
-  b.half_squares[i] = -squares / 2;
-  bool regular = is_finite(squares);
-  for (int64_t d = 0; !regular && d < b.columns; ++d) {
-    if (!is_finite(packed[d])) {
-      // Its product may be NaN where its distance is inf: it is last of all by score, and the exact one decides.
-      for (int64_t k = 0; k < b.columns; ++k) packed[k] = 0;
-      b.norms[i] = 0;
-      b.half_squares[i] = -kInfinity<T>;
-      break;
-    }
-  }
-}
-
-template <class E>
-void prepare(const TopKBlock<E>& b, int64_t begin, int64_t end) {
-  ExactScope scope;
-  for (int64_t i = begin; i < end; ++i) prepare_row(b, i);
 }
 
 // Each row over its largest element and then over its norm: 0 of a row of zeros, NaN of one with inf or NaN.
@@ -226,31 +114,9 @@ void unit_rows(const TopKTable<E>& table, int64_t columns, Arithmetic<E>* to, in
 
 // --- lists -----------------------------------------------------------------------------------------------------------
 
-// 2 e: how far a score may lie below the k-th best and yet be of one of the k best. inf: any distance. NaN: the seeker
-// has NaN in it, and no distance to anything.
-//
-// With u the roundoff, D columns, sizes |q| and |x| and any orders of summation:
-//   products   both sums err by (D + 2) u |q| |x|, adding a bias by u (|q| |x| + |b|)
-//   distances  both err by (D + 5) u of (|q| + |x|)^2 together, in units of q . x - |x|^2 / 2
-// and a few u are added for what is computed here. An arithmetic that takes subnormal numbers as zero errs by `tiny`
-// for each term. What could overflow, in some order, has no bound.
-template <class E>
-FASTKIT_INLINE Arithmetic<E> margin_of(const TopKSearch<E>& s, int64_t seeker) {
-  using T = Arithmetic<E>;
-  using Is = Limits<T>;
-  const double q = s.norms[seeker], x = s.reach, columns = static_cast<double>(s.columns);
-  const double size = s.l2 ? (q + x) * (q + x) : q * x + s.bias_reach;
-  if (size != size) return kNaN<T>;
-  const double terms = s.l2 ? (columns + 12) * size : (2 * columns + 8) * q * x + 4 * s.bias_reach;
-  const double e = Is::roundoff * terms + s.product_error * q * x + 4 * Is::tiny * columns * (1 + q + x);
-  return size < Is::largest / 4 && 2 * e < Is::largest ? static_cast<T>(2 * e) : kInfinity<T>;
-}
-
-FASTKIT_INLINE bool better(float a, float b) { return a > b; }
-FASTKIT_INLINE bool better(double a, double b) { return a > b; }
 template <class T>
-FASTKIT_INLINE bool better(const TopKCandidate<T>& a, const TopKCandidate<T>& b) {
-  return a.exact > b.exact || (a.exact == b.exact && a.found < b.found);
+FASTKIT_INLINE bool better(const TopKEntry<T>& a, const TopKEntry<T>& b) {
+  return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
 // Puts an entry at the front of a heap of n, of which the front is free, and restores its order: the worst in front.
@@ -290,82 +156,42 @@ FASTKIT_INLINE bool keep_best(Entry* heap, int64_t n, int64_t k, const Entry& en
   return n < k;
 }
 
-// Leaves the k best of a list, exact.
-template <class E>
-void decide(const TopKSearch<E>& s, int64_t seeker) {
-  using T = Arithmetic<E>;
-  TopKList<T>& list = s.lists[seeker];
-  TopKCandidate<T>* const heap = s.candidates + seeker * topk_room(s.k);
-  for (int64_t c = list.decided; c < list.count; ++c) {
-    TopKCandidate<T> candidate = heap[c];
-    if (c + 1 < list.count) {
-      const char* next = reinterpret_cast<const char*>(s.found.row(heap[c + 1].found));
-      const int64_t bytes = s.columns * static_cast<int64_t>(sizeof(E));
-      for (int64_t b = 0; b < bytes && b < 4096; b += kLineBytes) prefetch_near(next + b);
+template <class T>
+FASTKIT_INLINE void enter(const TopKLists<T>& lists, int64_t row, const TopKEntry<T>& entry) {
+  TopKEntry<T>* const heap = lists.entries + row * lists.k;
+  lists.counts[row] += keep_best(heap, lists.counts[row], lists.k, entry);
+  if (lists.counts[row] == lists.k) lists.thresholds[row] = heap[0].score;
+}
+
+template <class T>
+void begin(const TopKLists<T>& lists, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) lists.counts[i] = 0, lists.thresholds[i] = -kInfinity<T>;
+}
+
+template <class T>
+void merge(const TopKLists<T>& from, const TopKLists<T>& into, int64_t rows) {
+  ExactScope scope;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < from.counts[i]; ++c) enter(into, i, from.entries[i * from.k + c]);
+  }
+}
+
+template <class T>
+void finish(const TopKLists<T>& lists, int64_t rows, bool l2, T* values, int64_t* indices) {
+  ExactScope scope;
+  for (int64_t i = 0; i < rows; ++i, values += lists.k, indices += lists.k) {
+    TopKEntry<T>* const heap = lists.entries + i * lists.k;
+    const int64_t n = lists.counts[i];
+    for (int64_t at = n - 1; at >= 0; --at) {  // the worst first
+      values[at] = l2 ? 0 - heap[0].score : heap[0].score;
+      indices[at] = heap[0].index;
+      sift_down(heap, at, TopKEntry<T>(heap[at]));
     }
-    candidate.exact = exact_score(s, seeker, candidate.found);
-    if (candidate.exact != candidate.exact) continue;
-    list.decided += keep_best(heap, list.decided, s.k, candidate);
-  }
-  list.count = list.decided;
-}
-
-// Drops what lies too far below the floor; where too much is left, decides, which may raise the floor.
-template <class E>
-void narrow(const TopKSearch<E>& s, int64_t seeker, Arithmetic<E> margin) {
-  using T = Arithmetic<E>;
-  TopKList<T>& list = s.lists[seeker];
-  TopKCandidate<T>* const candidates = s.candidates + seeker * topk_room(s.k);
-  const T threshold = is_finite(margin) ? list.floor - margin : -kInfinity<T>;
-  int32_t kept = list.decided;
-  for (int32_t c = list.decided; c < list.count; ++c) {
-    candidates[kept] = candidates[c];
-    kept += candidates[c].score >= threshold;
-  }
-  list.count = kept;
-  if (kept <= (s.k + topk_room(s.k)) / 2) return;
-  decide(s, seeker);
-  if (list.decided < s.k || !is_finite(margin)) return;
-  double kth = candidates[0].exact;
-  if (s.l2) kth = (s.norms[seeker] * s.norms[seeker] + kth) / 2;  // in the units of scores
-  const T floor = static_cast<T>(kth - margin);
-  if (floor > list.floor) list.floor = floor;
-}
-
-template <class E>
-FASTKIT_INLINE bool append(const TopKSearch<E>& s, int64_t seeker, Arithmetic<E> score, int64_t found) {
-  TopKList<Arithmetic<E>>& list = s.lists[seeker];
-  s.candidates[seeker * topk_room(s.k) + list.count++] = {score, 0, static_cast<int32_t>(found)};
-  return list.count == topk_room(s.k);
-}
-
-// Takes a candidate; the threshold for others.
-template <class E>
-FASTKIT_INLINE Arithmetic<E> take(const TopKSearch<E>& s, int64_t seeker, Arithmetic<E> margin, Arithmetic<E> score,
-                                  int64_t found) {
-  using T = Arithmetic<E>;
-  TopKList<T>& list = s.lists[seeker];
-  T* const best = s.best + seeker * s.k;
-  list.known += keep_best(best, list.known, s.k, score);
-  if (list.known == s.k && best[0] > list.floor) list.floor = best[0];
-  if (append(s, seeker, score, found)) narrow(s, seeker, margin);
-  return list.floor - margin;
-}
-
-// Where scores say nothing: n rows are candidates.
-template <class E>
-void take_all(const TopKSearch<E>& s, int64_t seeker, int64_t first, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (append(s, seeker, Arithmetic<E>{0}, first + i)) narrow(s, seeker, kInfinity<Arithmetic<E>>);
+    for (int64_t at = n; at < lists.k; ++at) values[at] = kNaN<T>, indices[at] = -1;
   }
 }
 
-template <class E>
-void begin_lists(const TopKSearch<E>& s, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) s.lists[i] = {-kInfinity<Arithmetic<E>>, 0, 0, 0};
-}
-
-// --- scans -----------------------------------------------------------------------------------------------------------
+// --- sweeps ----------------------------------------------------------------------------------------------------------
 
 // A bit for each element that is at least the threshold; none for NaN.
 template <class T>
@@ -386,99 +212,137 @@ FASTKIT_INLINE uint64_t hits(Vec<T> v, Vec<T> threshold) {
 #endif
 }
 
-constexpr int kVectors = 4;  // that are looked at together
-template <class T>
-constexpr int kStep = kVectors * kLanes<T>;
-static_assert(kStep<float> <= 64);  // bits
-
-// Calls hit(j) for each element of [begin, end) with score(j) at least threshold(j).
-template <class T, class Scores, class Thresholds, class Hit>
-FASTKIT_INLINE void each_hit(int64_t begin, int64_t end, Scores&& scores, Thresholds&& thresholds, Hit&& hit) {
-  int64_t j = begin;
-  const auto whole = [](const T* p) { return load(p); };
-  for (; j + kStep<T> <= end; j += kStep<T>) {
-    uint64_t bits = 0;
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t at = j + i * kLanes<T>;
-      bits |= hits<T>(scores(whole, at), thresholds(whole, at)) << (i * kLanes<T>);
+// n <= kWide rows as (columns, kWide), zeros beside them.
+template <class E>
+FASTKIT_INLINE void pack(const TopKTable<E>& table, int64_t n, int64_t columns, Arithmetic<E>* to) {
+  using T = Arithmetic<E>;
+  constexpr int L = kLanes<E>;
+  for (int64_t first = 0; first < kWide<E>; first += L) {
+    for (int64_t d = 0; d < columns; d += L) {
+      const int64_t left = columns - d;
+      Vec<T> rows[L];
+      for (int i = 0; i < L; ++i) {
+        const E* row = table.row(first + i) + d;
+        rows[i] = first + i >= n ? Vec<T>{} : left >= L ? load(row) : load(row, left);
+        if (first + i < n) prefetch(row + kWide<E> * table.stride);
+      }
+      transpose<T>(rows);
+      for (int i = 0; i < L && i < left; ++i) store(to + (d + i) * kWide<E> + first, rows[i]);
     }
-    for (; bits != 0; bits &= bits - 1) hit(j + __builtin_ctzll(bits));
-  }
-  for (; j < end; j += kLanes<T>) {
-    const int64_t left = end - j < kLanes<T> ? end - j : int64_t{kLanes<T>};
-    const auto part = [&](const T* p) { return left == kLanes<T> ? load(p) : load(p, left); };
-    uint64_t bits = hits<T>(scores(part, j), thresholds(part, j)) & ((uint64_t{1} << left) - 1);
-    for (; bits != 0; bits &= bits - 1) hit(j + __builtin_ctzll(bits));
   }
 }
 
 template <class E>
-void scan_rows(const TopKSearch<E>& s, const TopKScores<Arithmetic<E>>& block, int64_t first, int64_t begin,
-               int64_t end) {
+int64_t room(int64_t query_count, int64_t columns) {
+  return (kWide<E> + (kIsHalf<E> ? query_count : 0)) * columns;
+}
+
+// The scores of kRows queries and kWide keys.
+template <int kRows, bool kL2, class T>
+FASTKIT_INLINE void scores(const TopKTable<T>& queries, int64_t query, const T* packed, int64_t columns,
+                           Vec<T> (&sum)[kRows][kVectors]) {
+  const T* rows[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) rows[r] = queries.row(query + r);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
+  }
+  for (int64_t d = 0; d < columns; ++d) {
+    Vec<T> x[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) x[v] = load(packed + d * kWide<T> + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> q = broadcast(rows[r][d]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<T> a = kL2 ? q - x[v] : q;
+        sum[r][v] = fma<T>(a, kL2 ? a : x[v], sum[r][v]);
+      }
+    }
+  }
+}
+
+// Out of line: it is rare, and the loop over tiles needs the registers.
+template <class E, class T>
+__attribute__((noinline)) void enter_hits(const TopKSweep<E>& s, int64_t query, int64_t key, const T* scores,
+                                          uint64_t of_query, uint64_t of_key) {
+  for (; of_query != 0; of_query &= of_query - 1) {
+    const int lane = __builtin_ctzll(of_query);
+    enter<T>(s.of_queries, query, {scores[lane], s.first_key + key + lane});
+  }
+  for (; of_key != 0; of_key &= of_key - 1) {
+    const int lane = __builtin_ctzll(of_key);
+    enter<T>(s.of_keys, key + lane, {scores[lane], s.first_query + query});
+  }
+}
+
+template <int kRows, bool kL2, class E, class T>
+FASTKIT_INLINE void sweep_tile(const TopKSweep<E>& s, const TopKTable<T>& queries, int64_t query, int64_t key,
+                               const T* packed, const T* addend) {
+  Vec<T> sum[kRows][kVectors];
+  scores<kRows, kL2>(queries, query, packed, s.columns, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Vec<T> threshold = broadcast(s.of_queries.thresholds[query + r]);
+    uint64_t of_query = 0, of_key = 0;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> plain = kL2 ? -sum[r][v] : sum[r][v];
+      sum[r][v] = plain + load(addend + v * kLanes<T>);
+      of_query |= hits<T>(sum[r][v], threshold) << (v * kLanes<T>);
+      if (s.of_keys.entries == nullptr) continue;
+      of_key |= hits<T>(sum[r][v], load(s.of_keys.thresholds + key + v * kLanes<T>)) << (v * kLanes<T>);
+    }
+    if ((of_query | of_key) == 0) continue;
+    T row[kWide<T>];
+    for (int v = 0; v < kVectors; ++v) store(row + v * kLanes<T>, sum[r][v]);
+    enter_hits(s, query + r, key, row, of_query, of_key);
+  }
+}
+
+template <bool kL2, class E, class T>
+void sweep_panel(const TopKSweep<E>& s, const TopKTable<T>& queries, int64_t key, const T* packed, const T* addend) {
+  int64_t query = 0;
+  for (; query + kTile <= s.query_count; query += kTile) {
+    sweep_tile<kTile, kL2>(s, queries, query, key, packed, addend);
+  }
+  for (; query < s.query_count; ++query) sweep_tile<1, kL2>(s, queries, query, key, packed, addend);
+}
+
+template <class E>
+void sweep(const TopKSweep<E>& s) {
   using T = Arithmetic<E>;
   ExactScope scope;
-  for (int64_t i = begin; i < end; ++i) {
-    const T margin = margin_of(s, i);
-    if (margin != margin) continue;
-    if (!is_finite(margin)) {
-      take_all(s, i, first, block.columns);
-      continue;
+  T* const packed = s.room;
+  TopKTable<T> queries;
+  if constexpr (kIsHalf<E>) {
+    T* const raised = s.room + kWide<E> * s.columns;
+    for (int64_t i = 0; i < s.query_count; ++i) {
+      for (int64_t d = 0; d < s.columns; ++d) raised[i * s.columns + d] = widened(s.queries.row(i)[d]);
     }
-    const T* const row = block.data + i * block.stride;
-    const auto scores = [&](auto&& get, int64_t j) {
-      return block.bias == nullptr ? get(row + j) : get(row + j) + get(block.bias + j);
-    };
-    Vec<T> threshold = Vec<T>{} + (s.lists[i].floor - margin);
-    each_hit<T>(0, block.columns, scores, [&](auto&&, int64_t) { return threshold; }, [&](int64_t j) {
-      const T score = block.bias == nullptr ? row[j] : row[j] + block.bias[j];
-      threshold = Vec<T>{} + take(s, i, margin, score, first + j);
-    });
+    queries = {raised, s.columns};
+  } else {
+    queries = s.queries;
   }
-}
-
-template <class E>
-void scan_columns(const TopKSearch<E>& s, const TopKScores<Arithmetic<E>>& block, int64_t first, int64_t begin,
-                  int64_t end) {
-  using T = Arithmetic<E>;
-  ExactScope scope;
-  for (int64_t j = begin; j < end; ++j) {
-    const T margin = margin_of(s, j);
-    s.thresholds[j] = is_finite(margin) ? s.lists[j].floor - margin : kNaN<T>;
-    if (!is_finite(margin)) take_all(s, j, first, block.rows);
-  }
-  for (int64_t i = 0; i < block.rows; ++i) {
-    const T* const row = block.data + i * block.stride;
-    const auto scores = [&](auto&& get, int64_t j) { return get(row + j); };
-    const auto thresholds = [&](auto&& get, int64_t j) { return get(static_cast<const T*>(s.thresholds + j)); };
-    each_hit<T>(begin, end, scores, thresholds, [&](int64_t j) {
-      s.thresholds[j] = take(s, j, margin_of(s, j), row[j], first + i);
-    });
-  }
-}
-
-template <class E>
-void finish(const TopKSearch<E>& s, int64_t begin, int64_t end, Arithmetic<E>* values, int64_t* indices) {
-  using T = Arithmetic<E>;
-  ExactScope scope;
-  for (int64_t i = begin; i < end; ++i) {
-    const T margin = margin_of(s, i);
-    narrow(s, i, margin == margin ? margin : kInfinity<T>);
-    decide(s, i);
-    TopKCandidate<T>* const heap = s.candidates + i * topk_room(s.k);
-    const int64_t n = s.lists[i].decided;
-    for (int64_t at = n - 1; at >= 0; --at) {  // the worst first
-      values[i * s.k + at] = s.l2 ? -heap[0].exact : heap[0].exact;
-      indices[i * s.k + at] = heap[0].found;
-      sift_down(heap, at, TopKCandidate<T>(heap[at]));
+  for (int64_t key = 0; key < s.key_count; key += kWide<E>) {
+    const int64_t n = s.key_count - key < kWide<E> ? s.key_count - key : int64_t{kWide<E>};
+    pack<E>({s.keys.row(key), s.keys.stride}, n, s.columns, packed);
+    T addend[kWide<E>];  // beyond the last key no score is a number
+    for (int i = 0; i < kWide<E>; ++i) addend[i] = i >= n ? kNaN<T> : s.bias == nullptr ? T{0} : s.bias[key + i];
+    if (s.l2) {
+      sweep_panel<true>(s, queries, key, packed, addend);
+    } else {
+      sweep_panel<false>(s, queries, key, packed, addend);
     }
-    for (int64_t at = n; at < s.k; ++at) values[i * s.k + at] = kNaN<T>, indices[i * s.k + at] = -1;
   }
 }
 
 template <class E>
-constexpr TopKFunctions<E> kFunctions = {center<E>, prepare<E>, begin_lists<E>, scan_rows<E>, scan_columns<E>,
-                                         finish<E>, unit_rows<E>};
+constexpr TopKFunctions<E> kFunctions = {
+    room<E>, begin<Arithmetic<E>>, sweep<E>, merge<Arithmetic<E>>, finish<Arithmetic<E>>, unit_rows<E>};
 
 }  // namespace
 

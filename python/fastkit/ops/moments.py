@@ -38,9 +38,9 @@ def moments(
         x: rows, ``(N, D)``, float32, float64, bfloat16 or float16; any strides, no rows too.
         weights: w, ``(N,)``, in the dtype of x, or float32 for a half-precision x; finite and not negative.
             Of a row that was seen k times, k; of a row that is left out, 0. Default: all 1.
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that, backward included, or raises. Default: the
-            kernel where one covers the device and dtype, else the reference; where that is for want of a
-            kernel that another installation has, one warning says so.
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that, backward included, or raises.
+            Default: the kernel where one covers the device and dtype, on a GPU all but float64, else the
+            reference; where that is for want of a kernel that another installation has, one warning says so.
 
     Returns:
         ``Moments(count, mean, scatter)``: count ``()`` float64; mean ``(D,)`` and scatter ``(D, D)`` in

@@ -49,8 +49,8 @@ def topk_similarity(
             that of a row with inf is NaN.
         key_bias: ``(m,)`` in the dtype of queries, or float32 for half-precision ones; what is added to the
             product with each key; not with ``"l2"``. -inf puts a key behind all others. Default: nothing.
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that or raises. Default: the kernel where one covers
-            the device and dtype, else the reference.
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that or raises. Default: the kernel
+            where one covers the device, the dtype and k, which on a GPU is at most 128, else the reference.
 
     Returns:
         ``TopK(values, indices)``, each ``(n, k)``. values: the scores, float32, or float64 of float64
@@ -76,9 +76,10 @@ def topk_similarity(
 
     Memory and work: ``n m D`` multiply-adds, by the library's matrix product, and a selection. On the CPU a
     block of scores of 16 MiB, and lists of ``2 k + 32`` candidates for 2048 queries; the reference works on
-    blocks of about 2^18 scores, and copies keys once. Backward takes ``n k D`` multiply-adds for each
-    gradient, and buffers of 2^20 numbers; double backward keeps several of n k D. Saved for backward are the
-    indices, and the arguments by reference, or their normalised rows.
+    blocks of about 2^18 scores, and copies keys once; on a GPU a copy of the tables in bfloat16, where they
+    are not in half precision, and a few lists of candidates a query. Backward takes ``n k D`` multiply-adds
+    for each gradient, and buffers of 2^20 numbers; double backward keeps several of n k D. Saved for backward
+    are the indices, and the arguments by reference, or their normalised rows.
 
     Source: exhaustive search. That the selection follows each block of products: Johnson, Douze, Jégou,
     "Billion-scale similarity search with GPUs", arXiv:1702.08734.
