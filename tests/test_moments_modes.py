@@ -42,6 +42,14 @@ def test_any_size_on_any_number_of_threads(native, size, count):
             forward(make_inputs(size, weights=weights), native)
 
 
+@pytest.mark.parametrize("count", [5, 6, 7, 10, 12, 16, 32])
+def test_few_rows_on_many_threads(native, count):
+    """Which share them by columns: some then have none."""
+    with threads(count):
+        for size in (RowsSize(500, 168), RowsSize(1000, 300), RowsSize(400, 768), RowsSize(3000, 120)):
+            forward(make_inputs(size, weights="some"), native)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes(native, dtype, count):

@@ -1,6 +1,7 @@
 """ops.polar and ops.procrustes against the SVD in float64: spectra, scales, shapes, derivatives, compile."""
 
 import itertools
+import json
 import math
 import warnings
 
@@ -88,6 +89,28 @@ def test_sizes_around_a_square(dtype, native):
     assert orthogonal.all() and ((w[0].double() - value).abs() <= budget).all()
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(native, run_script, isa):
+    """The kernels are compiled once for each; all must be right, not only the one loaded here."""
+    usable = json.loads(torch.ops.fastkit.build_info())["cpu_isas"]
+    if isa not in usable:
+        pytest.skip(f"this CPU and build have {', '.join(usable)}")
+    script = f"""if True:
+        import json, torch
+        from fastkit.ops.procrustes_iterations import on_cpu
+        from fastkit.testing.procrustes import expected_factor, log_spaced, with_spectrum
+        assert json.loads(torch.ops.fastkit.build_info())["cpu_isa"] == {isa!r}
+        for dtype in (torch.float32, torch.float64):
+            for D in (1, 5, 6, 7, 12, 13, 16, 17, 24, 25, 32, 33, 100):
+                m = with_spectrum(log_spaced(D, 100.0), dtype=dtype, seed=D)
+                w, orthogonal = on_cpu(m[None])
+                value, budget = expected_factor(m)
+                assert orthogonal.all() and ((w[0].double() - value).abs() <= budget).all(), (dtype, D)
+        """
+    done = run_script(script, FASTKIT_CPU_ISA=isa)
+    assert done.returncode == 0, done.stderr
+
+
 def test_any_number_of_threads_gives_the_same_bits(native):
     m = torch.stack([with_spectrum(log_spaced(150, c), seed=i) for i, c in enumerate((10.0, 1e3, 5e3))])
     w = polar(m)
@@ -133,6 +156,18 @@ def test_scale(scale, impl):
     check(m * scale, impl)
     power = 2.0 ** round(math.log2(scale) / 2)
     assert torch.equal(polar(m * power, impl=impl), polar(m, impl=impl))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE])
+def test_matrices_of_subnormal_numbers(dtype, native):
+    """Of a size that float32 is iterated in itself."""
+    m = with_spectrum(log_spaced(70, 10.0), dtype=dtype)
+    w = polar(m)
+    for exponent in (-12, -2, 2, 20) if dtype == FLOAT else (20,):  # of the smallest normal number
+        scaled = (m.double() * 2.0**exponent * torch.finfo(dtype).tiny).to(dtype)
+        check(scaled)
+        if exponent == 20:
+            assert (polar(scaled) - w).abs().max() <= 1e-5
 
 
 def test_reflections(impl):

@@ -255,6 +255,7 @@ struct Ahead {
 template <class E, class T = Arithmetic<E>>
 FASTKIT_INLINE void multiply_block(int64_t columns, int64_t first, int64_t last, const T* packed, int64_t n, T* product,
                                    Ahead<E>& ahead) {
+  if (first == last) return;  // of few panels some groups have none
   const int64_t panels = panels_of<T>(columns);
   const int64_t pairs = (last - first) * (2 * panels - first - last + 1) / 2;
   const int64_t some = ahead.lines() / pairs + 1;

@@ -10,8 +10,8 @@
 //            diagonal; X (..) n^3; L n^3 / 6, and two triangular systems of n^3 / 2 each.
 // Parallel   squares of a product; of the Cholesky factor, and the first triangular system beside it, the squares of a
 //            column; of the second system rows of squares.
-// Numerics   sums in T, of kGroup squares each, and of these; none depends on the number of threads. The largest singular value is
-//            estimated by powers of G, a little too low at most: kMargin covers it.
+// Numerics   sums in T, of kGroup squares each, and of these; none depends on the number of threads. The largest
+//            singular value is estimated by powers of G, a little too low at most: kMargin covers it.
 #include "cpu/simd.h"
 #include "fastkit/procrustes.h"
 
@@ -76,11 +76,17 @@ struct Room {
   }
 };
 
-template <class Body>
+// Subnormal numbers are zero in it.
+struct Flushing {
+  KernelScope scope;
+};
+struct Keeping {};
+
+template <class Scope = Flushing, class Body>
 void each(ParallelRanges parallel, int64_t tasks, int64_t products, Body&& body) {  // products: of a task
   if (tasks <= 0) return;
   const auto call = [](void* context, int64_t begin, int64_t end) {
-    KernelScope scope;
+    [[maybe_unused]] const Scope scope{};
     for (int64_t task = begin; task < end; ++task) (*static_cast<Body*>(context))(task);
   };
   parallel(kGrain / (products + 1) + 1, tasks, call, &body);
@@ -287,13 +293,15 @@ void read(const PolarMatrix<T>& p, const Blocks<T>& x, ParallelRanges parallel) 
   }
   int exponent = 0;
   (void)__builtin_frexp(static_cast<double>(largest), &exponent);
-  const T scale = largest > 0 ? static_cast<T>(__builtin_ldexp(1.0, 1 - exponent)) : T{1};
-  each(parallel, x.columns, p.rows * kWide<T>, [&](int64_t j) {
+  if (!(largest > 0)) exponent = 1;
+  const int first = (1 - exponent) / 2, second = 1 - exponent - first;  // of subnormal numbers the whole is too large
+  const T scales[] = {static_cast<T>(__builtin_ldexp(1.0, first)), static_cast<T>(__builtin_ldexp(1.0, second))};
+  each<Keeping>(parallel, x.columns, p.rows * kWide<T>, [&](int64_t j) {
     for (int64_t i = 0; i < x.rows * kWide<T>; ++i) {
       T* to = x.at(0, j) + i * kWide<T>;
       for (int64_t k = 0; k < kWide<T>; ++k) {
         const int64_t column = j * kWide<T> + k;
-        to[k] = i < p.rows && column < p.columns ? p.m[i * p.columns + column] * scale : T{0};
+        to[k] = i < p.rows && column < p.columns ? p.m[i * p.columns + column] * scales[0] * scales[1] : T{0};
       }
     }
   });

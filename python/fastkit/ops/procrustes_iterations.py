@@ -109,7 +109,8 @@ def ieee_products(x: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        inherited = torch.backends.fp32_precision == before  # pyright: ignore
+        backend.fp32_precision = "none" if inherited else before
 
 
 def on_cpu(m: Tensor) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)

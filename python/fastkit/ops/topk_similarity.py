@@ -74,12 +74,12 @@ def topk_similarity(
     ``torch.vmap`` and forward mode run the reference; ``torch.compile(fullgraph=True)``; under autocast
     half precision is raised to float32. Rows of zeros, inf or NaN get no gradient from their cosine.
 
-    Memory and work: ``n m D`` multiply-adds, by the library's matrix product, and a selection. On the CPU a
-    block of scores of 16 MiB, and lists of ``2 k + 32`` candidates for 2048 queries; the reference works on
-    blocks of about 2^18 scores, and copies keys once; on a GPU a copy of the tables in bfloat16, where they
-    are not in half precision, and a few lists of candidates a query. Backward takes ``n k D`` multiply-adds
-    for each gradient, and buffers of 2^20 numbers; double backward keeps several of n k D. Saved for backward
-    are the indices, and the arguments by reference, or their normalised rows.
+    Memory and work: ``n m D`` multiply-adds, and a selection. On the CPU lists of k for 2048 queries of each
+    thread; the reference works on blocks of about 2^18 scores, and copies keys once; on a GPU a copy of the
+    tables in bfloat16, where they are not in half precision, and a few lists of candidates a query. Backward
+    takes ``n k D`` multiply-adds for each gradient, and buffers of 2^20 numbers; double backward keeps
+    several of n k D. Saved for backward are the indices, and the arguments by reference, or their normalised
+    rows.
 
     Source: exhaustive search. That the selection follows each block of products: Johnson, Douze, Jégou,
     "Billion-scale similarity search with GPUs", arXiv:1702.08734.
@@ -142,7 +142,7 @@ def csls_topk(
         ``TopK(values, indices)``, each ``(n, k)``, descending, ties by the lower index. values: the scores,
         float32, or float64 of float64 queries. A key or query with NaN or inf is never chosen, and nothing is
         chosen for it, as in ``topk_similarity``. Sources with NaN are left out; if fewer than ``neighbors``
-        others are left, every penalty is NaN.
+        others are left, or fewer keys are numbers, nothing is chosen.
 
     Raises:
         ValueError: a shape, ``k``, ``neighbors`` or the name ``impl`` is not as above.
@@ -183,7 +183,8 @@ def csls_topk(
         of_queries = nearest(queries, keys, None, neighbors, False, chosen)
         of_keys = nearest(keys, unit_rows(sources, chosen), None, neighbors, False, chosen)
     values, indices = nearest(queries, keys, -of_keys.values.mean(1) / 2, k, False, chosen)
-    return TopK(2 * values - of_queries.values.mean(1, keepdim=True), indices)
+    values = 2 * values - of_queries.values.mean(1, keepdim=True)
+    return TopK(values, indices.masked_fill(values.detach().isnan(), -1))
 
 
 def _raised(x: Tensor) -> Tensor:

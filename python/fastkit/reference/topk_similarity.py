@@ -63,7 +63,8 @@ def csls_topk(
     of_queries = topk_similarity(queries, keys, neighbors, metric="cosine").values.mean(1, keepdim=True)
     of_keys = topk_similarity(keys, sources, neighbors, metric="cosine").values.mean(1)
     values, indices = topk_similarity(queries, keys, k, metric="cosine", key_bias=-of_keys / 2)
-    return TopK(2 * values - of_queries, indices)
+    values = 2 * values - of_queries
+    return TopK(values, indices.masked_fill(values.detach().isnan(), -1))
 
 
 def unit_rows(x: Tensor) -> Tensor:  # (n, D)

@@ -62,7 +62,7 @@ def moments_means(
     # counts (pieces) and means (pieces, columns) over pieces of `length` rows. Sizes and strides along which
     # memory is dense come in units of UNIT, so that the compiler knows how wide loads may be.
     columns *= UNIT
-    piece = tl.program_id(1)
+    piece = tl.program_id(1).to(tl.int64)
     c, inside = _places(tl.program_id(0) * BC, columns, BC)
     x += c[None, :] * x_column
     sums = tl.zeros([BT, BC], tl.float64)
@@ -104,7 +104,7 @@ def moments_products(
         mean_j = tl.load(means + j, mask=of_j, other=0.0)
         sums = tl.zeros([BT, BC], tl.float32)
         product = tl.zeros([BC, BC], tl.float32)
-        begins = tl.program_id(1) * length
+        begins = piece * length
         end = tl.minimum(begins + length, rows)
         for begin in range(begins, end, BT):
             t, valid = _places(begin, end, BT)

@@ -231,6 +231,10 @@ def forward(
     chosen = queries.new_empty((n, k), dtype=torch.int64)
     if not n:
         return values, chosen
+    if m >= 2**31:
+        raise RuntimeError(
+            f"topk_similarity: keys must have fewer than 2^31 rows on a GPU, got {m}; pass parts of them"
+        )
     queries, keys = _dense_rows(queries), _dense_rows(keys)
     centre = _centre(keys) if l2 else None
     rough_queries, rough_keys = _operand(queries, centre), _operand(keys, centre)
