@@ -28,7 +28,7 @@ METRICS = "dot", "cosine", "l2"
 DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAN = math.nan
 
-# n, m, D, k: none, one, around vectors (8, 16) and blocks, k up to m and beyond what a short list holds.
+# n, m, D, k: none, one, around vectors (8, 16) and tiles, k up to m.
 SIZES = [
     (0, 3, 2, 2), (1, 1, 1, 1), (1, 2, 3, 2), (2, 5, 1, 3), (3, 7, 2, 7), (1, 33, 4, 10), (5, 8, 7, 8),
     (7, 15, 16, 15), (8, 16, 5, 4), (9, 17, 33, 17), (16, 31, 3, 10), (17, 64, 8, 64), (33, 65, 15, 5),

@@ -19,10 +19,12 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 
 constexpr int64_t kSerial = int64_t{1} << 18;     // fewer multiply-adds are not worth a second thread
+constexpr size_t kLineBytes = 64;
 constexpr int64_t kQueries = 2048;                // of a sweep: their rows stay in a last-level cache
-constexpr int64_t kLeastQueries = 64;             // for which a thread copies all keys
-constexpr int64_t kListBytes = int64_t{1} << 25;  // of the queries of a sweep, where k is large
-constexpr int64_t kPadding = 64;                  // at least as many keys as a vector's lanes make of them
+constexpr int64_t kQueryBytes = int64_t{1} << 22;  // also where there are many columns
+constexpr int64_t kLeastQueries = 64;              // for which a thread copies all keys
+constexpr int64_t kListBytes = int64_t{1} << 25;   // of the queries of a sweep, where k is large
+constexpr int64_t kKeyListBytes = int64_t{1} << 29;  // of the keys, of all threads
 
 template <class T>
 struct Result {
@@ -38,7 +40,7 @@ class Lists {
   Lists(int64_t rows, int64_t k)
       : entries_(new TopKEntry<T>[static_cast<size_t>(rows * k)]),
         counts_(new int64_t[static_cast<size_t>(rows)]),
-        thresholds_(new T[static_cast<size_t>(rows + kPadding)]()) {
+        thresholds_(new T[static_cast<size_t>(rows + kTopKPadding)]()) {
     lists = {k, entries_.get(), counts_.get(), thresholds_.get()};
   }
   TopKLists<T> lists;
@@ -55,13 +57,18 @@ class Search {
  public:
   using T = Arithmetic<E>;
 
-  Search(const TopKSweep<E>& all, int64_t k) : kernels_(topk_kernels().of<E>()), all_(all), k_(k) {
+  Search(const TopKSweep<E>& all, int64_t k, bool both) : kernels_(topk_kernels().of<E>()), all_(all), k_(k) {
     const int64_t products = all.query_count * all.key_count * all.columns;
     threads_ = std::clamp<int64_t>(products / kSerial, 1, torch::stable::get_num_threads());
+    const int64_t of_keys = (all.key_count + kTopKPadding) * list_bytes();
+    if (both) threads_ = std::clamp<int64_t>(kKeyListBytes / of_keys, 1, threads_);
+    const int64_t of_lists = kListBytes / list_bytes();
+    const int64_t of_rows = std::max(kQueryBytes / (all.columns * static_cast<int64_t>(sizeof(T))), kLeastQueries);
+    rows_ = std::clamp<int64_t>(std::min(of_lists, of_rows), 1, kQueries);
   }
 
   void run(const Result<T>& of_queries, const Result<T>& of_keys) const {
-    if (all_.query_count >= threads_ * kLeastQueries) {
+    if (all_.query_count >= threads_ * kLeastQueries || 4 * all_.query_count >= all_.key_count) {
       split_queries(of_queries, of_keys);
     } else {
       split_keys(of_queries, of_keys);
@@ -69,6 +76,8 @@ class Search {
   }
 
  private:
+  int64_t list_bytes() const { return k_ * static_cast<int64_t>(sizeof(TopKEntry<T>)); }
+
   // body(thread, begin, end), of n rows.
   template <class Body>
   void each_thread(int64_t n, int64_t multiple, Body&& body) const {
@@ -88,8 +97,10 @@ class Search {
     part.keys.data = all_.keys.row(key), part.key_count = keys, part.first_key = key;
     if (all_.bias != nullptr) part.bias = all_.bias + key;
     part.of_queries = of_queries, part.of_keys = of_keys;
-    const std::unique_ptr<T[]> room(new T[static_cast<size_t>(kernels_.room(queries, all_.columns))]);
-    part.room = room.get();
+    size_t size = static_cast<size_t>(kernels_.room(queries, all_.columns)) * sizeof(T), bytes = size + kLineBytes;
+    const std::unique_ptr<char[]> room(new char[bytes]);
+    void* aligned = room.get();
+    part.room = static_cast<T*>(std::align(kLineBytes, size, aligned, bytes));
     kernels_.sweep(part);
   }
 
@@ -98,13 +109,12 @@ class Search {
   }
 
   void split_queries(const Result<T>& of_queries, const Result<T>& of_keys) const {
-    const int64_t all_keys = all_.key_count, of_lists = kListBytes / (k_ * static_cast<int64_t>(sizeof(TopKEntry<T>)));
-    const int64_t share = (all_.query_count + threads_ - 1) / threads_;
-    const int64_t rows = std::clamp<int64_t>(std::min(kQueries, of_lists), 1, share);
+    const int64_t all_keys = all_.key_count, share = (all_.query_count + threads_ - 1) / threads_;
+    const int64_t rows = std::min(rows_, share);
     const bool both = of_keys.values != nullptr;
-    const Lists<T> query_lists(threads_ * rows, k_), key_lists(both ? threads_ * (all_keys + kPadding) : 0, k_);
+    const Lists<T> query_lists(threads_ * rows, k_), key_lists(both ? threads_ * (all_keys + kTopKPadding) : 0, k_);
     const auto keys_of = [&](int64_t t) {
-      return both ? key_lists.lists.from(t * (all_keys + kPadding)) : TopKLists<T>{};
+      return both ? key_lists.lists.from(t * (all_keys + kTopKPadding)) : TopKLists<T>{};
     };
     each_thread(all_.query_count, 1, [&](int64_t t, int64_t first, int64_t last) {
       const TopKLists<T> mine = query_lists.lists.from(t * rows);
@@ -127,23 +137,35 @@ class Search {
   }
 
   void split_keys(const Result<T>& of_queries, const Result<T>& of_keys) const {
-    const int64_t n = all_.query_count, m = all_.key_count;
+    const int64_t m = all_.key_count, rows = std::min(rows_, all_.query_count);
     const bool both = of_keys.values != nullptr;
-    const Lists<T> query_lists(threads_ * n, k_), key_lists(both ? m : 0, k_);
-    for (int64_t t = 0; t < threads_; ++t) kernels_.begin(query_lists.lists.from(t * n), n);
-    each_thread(m, kPadding, [&](int64_t t, int64_t first, int64_t last) {
-      const TopKLists<T> of_mine = both ? key_lists.lists.from(first) : TopKLists<T>{};
-      if (both) kernels_.begin(of_mine, last - first);
-      sweep(0, n, first, last - first, query_lists.lists.from(t * n), of_mine);
-      if (both) finish(of_mine, last - first, of_keys.from(first, k_));
+    const Lists<T> query_lists(threads_ * rows, k_), key_lists(both ? m : 0, k_);
+    if (both) kernels_.begin(key_lists.lists, m);
+    for (int64_t query = 0; query < all_.query_count; query += rows) {
+      const int64_t n = std::min(rows, all_.query_count - query);
+      kernels_.begin(query_lists.lists, threads_ * rows);
+      each_thread(m, kTopKPadding, [&](int64_t t, int64_t first, int64_t last) {
+        sweep(query, n, first, last - first, query_lists.lists.from(t * rows),
+              both ? key_lists.lists.from(first) : TopKLists<T>{});
+      });
+      each_thread(n, 1, [&](int64_t, int64_t first, int64_t last) {
+        const TopKLists<T> into = query_lists.lists.from(first);
+        for (int64_t t = 1; t < threads_; ++t) {
+          kernels_.merge(query_lists.lists.from(t * rows + first), into, last - first);
+        }
+        finish(into, last - first, of_queries.from(query + first, k_));
+      });
+    }
+    if (!both) return;
+    each_thread(m, 1, [&](int64_t, int64_t first, int64_t last) {
+      finish(key_lists.lists.from(first), last - first, of_keys.from(first, k_));
     });
-    for (int64_t t = 1; t < threads_; ++t) kernels_.merge(query_lists.lists.from(t * n), query_lists.lists, n);
-    finish(query_lists.lists, n, of_queries);
   }
 
   const TopKFunctions<E>& kernels_;
   const TopKSweep<E>& all_;
   int64_t k_, threads_;
+  int64_t rows_;  // of a sweep
 };
 
 // --- tensors ---------------------------------------------------------------------------------------------------------
@@ -204,7 +226,7 @@ std::tuple<Tensor, Tensor> topk_similarity_fwd(const Tensor& queries, const Tens
     TopKSweep<E> all = describe<E>(q, x);
     all.l2 = l2;
     if (bias) all.bias = static_cast<const T*>(bias->data_ptr());
-    Search<E>(all, k).run(pointers<T>(result), {});
+    Search<E>(all, k, false).run(pointers<T>(result), {});
   });
   return {result.first, result.second};
 }
@@ -219,7 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_similarity_both_fwd(const Tensor
     using T = Arithmetic<E>;
     const bool swapped = q.size(0) < x.size(0);  // a thread holds the lists of all keys: the lesser table's
     const TopKSweep<E> all = swapped ? describe<E>(x, q) : describe<E>(q, x);
-    Search<E>(all, k).run(pointers<T>(swapped ? of_keys : of_queries), pointers<T>(swapped ? of_queries : of_keys));
+    const auto of_rows = pointers<T>(swapped ? of_keys : of_queries);
+    Search<E>(all, k, true).run(of_rows, pointers<T>(swapped ? of_queries : of_keys));
   });
   return {of_queries.first, of_queries.second, of_keys.first, of_keys.second};
 }

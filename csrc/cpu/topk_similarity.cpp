@@ -2,10 +2,9 @@
 //
 // What       the product of two tables, or the squares of differences, of which no score is ever stored: kTile queries
 //            by kWide keys are summed in registers, and compared there with the worst score of each query's list, and
-//            of each key's where keys seek queries too. What is not below is entered. After some hundred keys that is
-//            rare.
+//            of each key's where keys seek queries too. What is not below is entered: of keys in a random order, few.
 // Order      kWide keys at a time are copied, columns first, into the first-level cache; all queries of a sweep are
-//            led past them. Their rows stay in the second- or last-level cache.
+//            led past them. Their rows stay in the second- or last-level cache (of some thousand columns, keys do too).
 // Parallel   a thread has queries or, where these are few, keys of its own; lists of the other side are merged.
 // Bytes      keys are read once a sweep, queries once for kWide keys.
 // Numerics   a score is a sum over the columns, one after another: the order is the same for every pair, wherever it
@@ -21,6 +20,7 @@ constexpr int kVectors = 2;
 constexpr int kTile = kVectorBytes == 64 ? 8 : 6;  // kTile kVectors sums, and kVectors vectors of keys, in registers
 template <class E>
 constexpr int kWide = kVectors * kLanes<E>;
+static_assert(kTopKPadding % kWide<float> == 0 && kTopKPadding % kWide<double> == 0);
 template <class T>
 constexpr T kInfinity = __builtin_inf();
 template <class T>
@@ -101,7 +101,9 @@ void unit_rows(const TopKTable<E>& table, int64_t columns, Arithmetic<E>* to, in
       for (; at + L <= columns; at += L) store(unit + at, term(at));
       for (; at < columns; ++at) unit[at] = term(at, int64_t{1})[0];
     };
-    divide([&](int64_t at, auto... n) { return regular ? load(row + at, n...) / broadcast(largest) : broadcast(empty); });
+    divide([&](int64_t at, auto... n) {
+      return regular ? load(row + at, n...) / broadcast(largest) : broadcast(empty);
+    });
     if (!regular) continue;
     const T squares = sum_columns<T>(columns, [&](auto&& get, int64_t at, Vec<T> sum) {
       const Vec<T> x = get(unit + at);
@@ -156,11 +158,25 @@ FASTKIT_INLINE bool keep_best(Entry* heap, int64_t n, int64_t k, const Entry& en
   return n < k;
 }
 
+// The least number that is greater: rows come to a list in the order of their indices, and of equal scores the first
+// stay.
+template <class T>
+FASTKIT_INLINE T next_above(T x) {
+  if (x == kInfinity<T>) return x;
+  decltype(typename VectorOf<T>::index{}[0] + 0) bits = 1;
+  if (x != 0) {
+    __builtin_memcpy(&bits, &x, sizeof(T));
+    bits += x > 0 ? 1 : -1;
+  }
+  __builtin_memcpy(&x, &bits, sizeof(T));
+  return x;
+}
+
 template <class T>
 FASTKIT_INLINE void enter(const TopKLists<T>& lists, int64_t row, const TopKEntry<T>& entry) {
   TopKEntry<T>* const heap = lists.entries + row * lists.k;
   lists.counts[row] += keep_best(heap, lists.counts[row], lists.k, entry);
-  if (lists.counts[row] == lists.k) lists.thresholds[row] = heap[0].score;
+  if (lists.counts[row] == lists.k) lists.thresholds[row] = next_above(heap[0].score);
 }
 
 template <class T>
@@ -308,6 +324,9 @@ void sweep_panel(const TopKSweep<E>& s, const TopKTable<T>& queries, int64_t key
   int64_t query = 0;
   for (; query + kTile <= s.query_count; query += kTile) {
     sweep_tile<kTile, kL2>(s, queries, query, key, packed, addend);
+  }
+  for (; query + kTile / 2 <= s.query_count; query += kTile / 2) {  // fewer rows take as long each as these together
+    sweep_tile<kTile / 2, kL2>(s, queries, query, key, packed, addend);
   }
   for (; query < s.query_count; ++query) sweep_tile<1, kL2>(s, queries, query, key, packed, addend);
 }

@@ -28,13 +28,16 @@ struct TopKEntry {
   int64_t index;
 };
 
+// Behind the thresholds of a sweep so many more are read, and ignored; keys that are cut are cut at multiples.
+inline constexpr int64_t kTopKPadding = 64;
+
 // Of each row of a table the best that was found, at most k; null entries: not wanted.
 template <class T>
 struct TopKLists {
   int64_t k = 0;
   TopKEntry<T>* entries = nullptr;  // k for each, of which the first `counts` are a heap with the worst in front
   int64_t* counts = nullptr;
-  T* thresholds = nullptr;  // what is less is not wanted: -inf, or of a full list its worst score
+  T* thresholds = nullptr;  // what is less is not wanted: -inf, or of a full list what is next above its worst score
 
   TopKLists from(int64_t row) const {
     if (entries == nullptr) return *this;

@@ -53,7 +53,7 @@ PRODUCTS = (  # on a GPU, where a Cholesky factor costs more than many products
 )
 LOWEST_ON_GPU = 5e-5
 
-_SMALL = 64  # up to here float32 is iterated in float64: calls, not products, are what it costs
+_SMALL = 64  # up to here float32 is iterated in float64: products are the least of what it costs
 _PROBES = 4
 _POWERS = 6
 _MARGIN = 1.2  # by which the largest singular value may exceed what is found of it
@@ -69,10 +69,13 @@ def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, 
         return torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(
             len(m), dtype=torch.bool
         )
-    with ieee_products(m):
-        precise = m.double() if m.shape[-1] <= _SMALL else m
-        w, orthogonal = by_products(precise) if m.is_cuda else on_cpu(precise)
-        w = w.to(m.dtype)
+    precise = m.double() if m.shape[-1] <= _SMALL else m
+    if m.is_cuda:
+        with ieee_products(m):
+            w, orthogonal = by_products(precise)
+    else:
+        w, orthogonal = on_cpu(precise)
+    w = w.to(m.dtype)
     singular = torch.zeros_like(orthogonal)
     if bool(orthogonal.all()):
         return w, singular

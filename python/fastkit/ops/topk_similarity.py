@@ -81,7 +81,7 @@ def topk_similarity(
     several of n k D. Saved for backward are the indices, and the arguments by reference, or their normalised
     rows.
 
-    Source: exhaustive search. That the selection follows each block of products: Johnson, Douze, Jégou,
+    Source: exhaustive search. That products are selected from as they are made: Johnson, Douze, Jégou,
     "Billion-scale similarity search with GPUs", arXiv:1702.08734.
 
     Example:
@@ -152,8 +152,9 @@ def csls_topk(
     Numerics, Support: as of ``topk_similarity`` by cosine; gradients flow through both means too. Keys are
     ranked by ``cos - p / 2``, before r is subtracted.
 
-    Memory and work: ``2 n m D`` multiply-adds, or ``(2 n + s) m D`` with sources; normalised copies of the
-    arguments, and ``(n + m) neighbors`` values and indices of the means.
+    Memory and work: ``2 n m D`` multiply-adds, or ``(2 n + s) m D`` with sources, on a GPU with those of the
+    queries; normalised copies of the arguments, ``(n + m) neighbors`` values and indices of the means, and on
+    the CPU lists of the shorter table for each thread, 16 bytes an entry, up to 512 MiB.
 
     Source: Conneau, Lample, Ranzato, Denoyer, Jégou, "Word Translation Without Parallel Data", ICLR 2018,
     arXiv:1710.04087.
