@@ -382,6 +382,21 @@ def test_lowered_precision_of_products_is_not_taken(native):
         backend.fp32_precision = before
 
 
+def test_an_inherited_precision_stays_inherited(native):
+    """Backward sets it for its own products, and then back to what it was: nothing of its own."""
+    backends = torch.backends
+    before = backends.fp32_precision
+    m = with_spectrum(log_spaced(10, 10.0)).requires_grad_()
+    try:
+        backends.fp32_precision = "tf32"
+        polar(m).square().sum().backward()
+        assert backends.mkldnn.matmul.fp32_precision == "tf32"
+        backends.fp32_precision = "ieee"
+        assert backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        backends.fp32_precision = before
+
+
 def test_ten_runs_have_the_same_bits(impl):
     m = torch.stack([with_spectrum(log_spaced(70, c)) for c in (10.0, 1e6)]).to(torch.get_default_device())
     state = torch.random.get_rng_state()
