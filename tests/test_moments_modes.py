@@ -221,12 +221,10 @@ def test_every_instruction_set(native, run_script, isa):
         from fastkit.testing.moments import SIZES, RowsSize, check, make_inputs
         import fastkit.ops
         assert json.loads(torch.ops.fastkit.build_info())["cpu_isa"] == {isa!r}
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                for size in (*SIZES, RowsSize(2049, 100), RowsSize(60, 300)):
-                    for weights in (None, "some"):
-                        check(make_inputs(size, weights=weights, dtype=dtype), impl="cpu")
+        torch.set_num_threads(2)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            for size in (*SIZES[::3], RowsSize(2049, 100), RowsSize(60, 300)):
+                check(make_inputs(size, weights="some", dtype=dtype), impl="cpu")
         """
     done = run_script(script, FASTKIT_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from fastkit.reference import Moments, merge_moments, moments
 from fastkit.testing import assert_matches_reference
 from fastkit.testing.moments import SIZES, RowsSize, check, expected_of_stream, expected_results, make_inputs
 
-pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 WEIGHTS = None, "positive", "some"

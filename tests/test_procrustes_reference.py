@@ -10,7 +10,6 @@ from fastkit.reference.procrustes import is_singular, polar, procrustes
 from fastkit.testing.procrustes import log_spaced, orthogonal, with_spectrum
 
 pytestmark = [
-    pytest.mark.native,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # of torch.func
 ]

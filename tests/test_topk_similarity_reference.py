@@ -22,7 +22,7 @@ from fastkit.testing.topk_similarity import (
 
 module = importlib.import_module("fastkit.reference.topk_similarity")  # the package has the function
 
-pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 METRICS = "dot", "cosine", "l2"
 NAN, INF = math.nan, math.inf
