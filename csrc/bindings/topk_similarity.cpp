@@ -18,12 +18,12 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
-constexpr int64_t kSerial = int64_t{1} << 18;     // fewer multiply-adds are not worth a second thread
 constexpr size_t kLineBytes = 64;
-constexpr int64_t kQueries = 2048;                // of a sweep: their rows stay in a last-level cache
-constexpr int64_t kQueryBytes = int64_t{1} << 22;  // also where there are many columns
-constexpr int64_t kLeastQueries = 64;              // for which a thread copies all keys
-constexpr int64_t kListBytes = int64_t{1} << 25;   // of the queries of a sweep, where k is large
+constexpr int64_t kSerial = int64_t{1} << 18;        // fewer multiply-adds are not worth a second thread
+constexpr int64_t kQueries = 2048;                   // of a sweep: their rows stay in a last-level cache
+constexpr int64_t kQueryBytes = int64_t{1} << 22;    // also where there are many columns
+constexpr int64_t kLeastQueries = 64;                // for which a thread copies all keys
+constexpr int64_t kListBytes = int64_t{1} << 25;     // of the queries of a sweep, where k is large
 constexpr int64_t kKeyListBytes = int64_t{1} << 29;  // of the keys, of all threads
 
 template <class T>
