@@ -98,6 +98,23 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "(Tensor values, Tensor indices, Tensor key_values, Tensor key_indices)");
   // Each row of x (n,D) over its norm, float32 for half precision: 0 of a row of zeros, NaN of one with inf or NaN.
   m.def("unit_rows(Tensor x) -> Tensor");
+
+  // One epoch of iterative closest points for R restarts of maps w_xy, w_yx (R,D,D) between source (n,D) and
+  // target (m,D): searches, unless nearest_target (R,n) and nearest_source (R,m) are given; then steps of Adam.
+  m.def(
+      "icp_epoch_fwd(Tensor source, Tensor target, Tensor w_xy, Tensor w_yx, Tensor seeds, Tensor? nearest_target, "
+      "Tensor? nearest_source, int epoch, int batch_size, float lr, float beta1, float beta2, float eps, "
+      "float cycle_weight, bool mutual_only) -> (Tensor w_xy, Tensor w_yx, Tensor nearest_target, "
+      "Tensor nearest_source, Tensor cost, Tensor mutual)");
+
+  // Lines of text (N), uint8, into rows of vectors (M,D), at most M of them: a word, then D numbers, with blanks
+  // between. For each, lines (L,5): where it begins, where its word ends, where it ends, how many fields follow the
+  // word, and of D of them the first that is no finite number, from 1 on; 0: all are, -1: and are zero. The row of a
+  // line without D numbers is NaN.
+  m.def("parse_vectors_(Tensor text, Tensor(a!) vectors) -> Tensor lines");
+  // The numbers of each row of vectors (N,D), float32, the shortest that are read back as they are, with blanks
+  // between: of its bytes in text (N,16 D), uint8, as many as lengths (N) says.
+  m.def("format_vectors(Tensor vectors) -> (Tensor text, Tensor lengths)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

@@ -31,9 +31,15 @@ TRITON_ARCHS = (80, 90, 100)
 
 # By kernel, without namespace fastkit and template arguments; of a Triton kernel, the name of its function.
 
-# That it reads and writes for a float32 sample of a signal and a filter, or element of activations, or of a
-# parameter under one term.
+# That it reads and writes for a float32 sample of a signal and a filter, or element of activations, of a
+# table, or of a parameter under one term.
 BYTES: dict[str, str] = {
+    "icp_warps::Layout": "12",
+    "icp_warps::Mapped": "8",
+    "icp_warps::Nearest": "4 for each block of queries",
+    "icp_warps::Costs": "8",
+    "icp_warps::Order": "0; 16 a row",
+    "icp_warps::Steps": "8 of a row that is visited",
     "iir_scan_warps::Segments": "8; 4 if it composes maps",
     "iir_scan_warps::WalkTiles": "8; 4 if it composes maps",
     "iir_scan_warps::BackwardTiles": "16; 40 a chunk",

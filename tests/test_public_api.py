@@ -16,8 +16,10 @@ import torch
 
 from fastkit import info, nn, ops, optim, reference
 from fastkit._dispatch import Impl
-from fastkit.methods import prilora
+from fastkit.methods import prilora, word_translation
 from fastkit.methods.prilora import config as prilora_config
+from fastkit.methods.word_translation import settings as word_translation_settings
+from fastkit.methods.word_translation import vectors as word_vectors
 from fastkit.nn.adaptive_iir import Parameterization
 from fastkit.ops.mtadam import NonFinite
 from fastkit.ops.topk_similarity import Metric
@@ -51,6 +53,26 @@ Group: row, matrix
 Importance: input, magnitude, random
 
 ResetState: m, mv
+
+Preset: robust, release, paper
+
+Step: unit, center
+
+Transfer: procrustes, icp
+
+Refine: none, reciprocal_icp, procrustes, procrustes_csls
+
+Retrieval: csls, isf, nn
+
+Dictionary: s2t, mutual
+
+BadLines: error, skip
+
+Duplicates: first, error
+
+Zeros: error, drop, eps, keep
+
+Errors: strict, ignore, replace
 
 fastkit.nn.AdaptiveIIR(
     channels: int,
@@ -114,6 +136,15 @@ fastkit.nn.PRILoRALinear.reset_parameters(
 fastkit.nn.PRILoRALinear.unmerge(
 ) -> Self
 
+fastkit.ops.ICPEpoch(
+    w_xy: Tensor,
+    w_yx: Tensor,
+    nearest_target: Tensor,
+    nearest_source: Tensor,
+    cost: Tensor,
+    mutual: Tensor,
+) is a tuple (w_xy, w_yx, nearest_target, nearest_source, cost, mutual)
+
 fastkit.ops.IIRState(
     y: Tensor,
     x: Tensor,
@@ -150,6 +181,24 @@ fastkit.ops.csls_topk(
     neighbors: int = 10,
     impl: Impl | None = None,
 ) -> TopK
+
+fastkit.ops.icp_epoch(
+    source: Tensor,
+    target: Tensor,
+    w_xy: Tensor,
+    w_yx: Tensor,
+    seeds: Tensor,
+    *,
+    epoch: int,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    betas: tuple[float, float] = (0.5, 0.999),
+    eps: float = 1e-08,
+    cycle_weight: float = 0.01,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    mutual_only: bool = False,
+    impl: Impl | None = None,
+) -> ICPEpoch
 
 fastkit.ops.iir_scan(
     x: Tensor,
@@ -375,6 +424,15 @@ fastkit.optim.MTAdam.zero_grad(
     set_to_none: bool = True,
 ) -> None
 
+fastkit.reference.ICPEpoch(
+    w_xy: Tensor,
+    w_yx: Tensor,
+    nearest_target: Tensor,
+    nearest_source: Tensor,
+    cost: Tensor,
+    mutual: Tensor,
+) is a tuple (w_xy, w_yx, nearest_target, nearest_source, cost, mutual)
+
 fastkit.reference.IIRState(
     y: Tensor,
     x: Tensor,
@@ -408,6 +466,23 @@ fastkit.reference.csls_topk(
     sources: Tensor | None = None,
     neighbors: int = 10,
 ) -> TopK
+
+fastkit.reference.icp_epoch(
+    source: Tensor,
+    target: Tensor,
+    w_xy: Tensor,
+    w_yx: Tensor,
+    seeds: Tensor,
+    *,
+    epoch: int,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    betas: tuple[float, float] = (0.5, 0.999),
+    eps: float = 1e-08,
+    cycle_weight: float = 0.01,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    mutual_only: bool = False,
+) -> ICPEpoch
 
 fastkit.reference.iir_scan(
     x: Tensor,
@@ -684,6 +759,137 @@ fastkit.methods.prilora.load_prilora(
     automatic: bool = True,
 ) -> PRILoRA
 
+fastkit.methods.word_translation.RowPairs(
+    pairs: Tensor,
+    coverage: float,
+    found: int,
+    words: int,
+) is a tuple (pairs, coverage, found, words)
+
+fastkit.methods.word_translation.Vectors(
+    words: list[str] | None,
+    vectors: Tensor,
+    dropped: dict[str, int] = <factory>,
+)
+
+fastkit.methods.word_translation.Vectors.index(
+    word: str,
+) -> int
+
+fastkit.methods.word_translation.WordTranslator(
+    preset: Preset = 'robust',
+    *,
+    words: int | None = None,
+    components: int | None = None,
+    restarts: int | None = None,
+    epochs: int | None = None,
+    halvings: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    cycle_weight: float | None = None,
+    candidates: int | None = None,
+    controls: int | None = None,
+    trial_words: int | None = None,
+    trial_rounds: int | None = None,
+    transfer: Transfer | None = None,
+    transfer_words: int | None = None,
+    transfer_epochs: int | None = None,
+    refine: Refine | None = None,
+    refine_words: int | None = None,
+    refine_epochs: int | None = None,
+    refine_rounds: int | None = None,
+    dictionary: Dictionary | None = None,
+    criterion_words: int | None = None,
+    retrieval: Retrieval = 'csls',
+    neighbors: int = 10,
+    isf_beta: float = 30.0,
+    preprocess: Sequence[Step] | None = None,
+    seed: int = 0,
+    allow_rect: bool = False,
+    progress: bool | None = None,
+)
+
+fastkit.methods.word_translation.WordTranslator.fit(
+    X: Tensor | np.ndarray[Any, Any],
+    Y: Tensor | np.ndarray[Any, Any],
+    *,
+    pairs: Tensor | np.ndarray[Any, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Self
+
+fastkit.methods.word_translation.WordTranslator.get_params(
+    deep: bool = True,
+) -> dict[str, Any]
+
+fastkit.methods.word_translation.WordTranslator.inverse(
+    Y: Tensor | np.ndarray[Any, Any],
+) -> Tensor
+
+fastkit.methods.word_translation.WordTranslator.load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = 'cpu',
+) -> Self
+
+fastkit.methods.word_translation.WordTranslator.save(
+    path: str | os.PathLike[str],
+    *,
+    tables: bool = True,
+) -> None
+
+fastkit.methods.word_translation.WordTranslator.score(
+    pairs: Tensor | np.ndarray[Any, Any],
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    retrieval: Retrieval | None = None,
+) -> Score
+
+fastkit.methods.word_translation.WordTranslator.set_params(
+    **params: Any,
+) -> Self
+
+fastkit.methods.word_translation.WordTranslator.transform(
+    X: Tensor | np.ndarray[Any, Any],
+) -> Tensor
+
+fastkit.methods.word_translation.WordTranslator.transform_target(
+    Y: Tensor | np.ndarray[Any, Any],
+) -> Tensor
+
+fastkit.methods.word_translation.WordTranslator.translate(
+    vectors: Tensor | np.ndarray[Any, Any],
+    k: int = 10,
+    *,
+    retrieval: Retrieval | None = None,
+) -> Translations
+
+fastkit.methods.word_translation.load_vectors(
+    path: str | os.PathLike[str],
+    *,
+    max_words: int | None = None,
+    header: Header = 'auto',
+    lowercase: bool = False,
+    duplicates: Duplicates = 'first',
+    zeros: Zeros = 'error',
+    bad_lines: BadLines = 'error',
+    errors: Errors = 'strict',
+    words: Words | None = None,
+) -> Vectors
+
+fastkit.methods.word_translation.row_pairs(
+    dictionary: Iterable[tuple[str, str]],
+    source_words: Sequence[str],
+    target_words: Sequence[str],
+) -> RowPairs
+
+fastkit.methods.word_translation.save_vectors(
+    path: str | os.PathLike[str],
+    words: Sequence[str] | None,
+    vectors: Tensor,
+) -> None
+
 state_dict of fastkit.nn.AdaptiveIIR(6):
     mlp.0.weight (32, 8)
     mlp.0.bias (32,)
@@ -712,10 +918,15 @@ state_dict of fastkit.nn.PRILoRALinear(torch.nn.Linear(6, 4), 2):
     base_layer.bias (4,)
 """
 
-MODULES = (nn, ops, optim, reference, prilora)
+MODULES = (nn, ops, optim, reference, prilora, word_translation)
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
 ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric}
-ALIASES |= {name: value for name, value in vars(prilora_config).items() if get_origin(value) is Literal}
+ALIASES |= {
+    name: value
+    for module in (prilora_config, word_translation_settings, word_vectors)
+    for name, value in vars(module).items()
+    if get_origin(value) is Literal
+}
 STATE_DICTS = [
     "AdaptiveIIR(6)",
     "AdaptiveIIR(6, filters=2, pool=4, hidden=5)",
@@ -820,7 +1031,7 @@ def test_what_is_public_is_documented(module):
     assert [name for name in public_names(module) if name not in named] == []
 
 
-@pytest.mark.parametrize("package", ["nn", "ops", "reference", "methods.prilora"])
+@pytest.mark.parametrize("package", ["nn", "ops", "reference", "methods.prilora", "methods.word_translation"])
 def test_what_init_imports_is_what_is_public(package):
     """There is no ``__all__``: a public name is in ``__init__.py``, as ``from .. import name as name``."""
     module = importlib.import_module(f"fastkit.{package}")

@@ -72,11 +72,14 @@ def test_the_page_shows_the_results():
 def test_results_are_of_this_version_and_of_the_cases_that_there_are():
     known = {case.title for stem in cases.stems() for case in cases.of(stem).cases()}
     known_on_gpu = {case.title for stem in cases.stems() for case in cases.of(stem).gpu_cases()}
+    measured = set()
     for path in RESULTS + OF_GPUS:
         rows = read_csv(path)
         titles = {row.title for row in rows}
-        assert titles <= known_on_gpu if path in OF_GPUS else titles == known
+        assert titles <= (known_on_gpu if path in OF_GPUS else known)
+        measured |= titles
         assert all(re.search(rf"fastkit {re.escape(__version__)}\b", row.versions) for row in rows)
+    assert known <= measured  # each on some machine
 
 
 if __name__ == "__main__":

@@ -7,19 +7,13 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/ranges.h"
 #include "fastkit/procrustes.h"
 
 namespace fastkit {
 namespace {
 
 using torch::stable::new_empty;
-
-void in_parallel(int64_t grain, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-void in_order(int64_t, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-  body(context, 0, tasks);
-}
 
 template <class T>
 void factor_each(const PolarFunctions<T>& functions, const PolarSchedule& schedule, const Tensor& m, const Tensor& w,

@@ -35,11 +35,6 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-template <class T>
-FASTKIT_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};
-}
-
 FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class T>

@@ -36,11 +36,6 @@ FASTKIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class T>
-FASTKIT_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};
-}
-
-template <class T>
 FASTKIT_INLINE void zero(T* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }

@@ -47,11 +47,6 @@ int64_t squares(int64_t n) {
   return (n + kWide<T> - 1) / kWide<T>;
 }
 
-template <class T>
-FASTKIT_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};
-}
-
 // What a call works on, in one piece of memory.
 template <class T>
 struct Room {

@@ -145,6 +145,11 @@ FASTKIT_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
 }
 
 template <class T>
+FASTKIT_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
+template <class T>
 FASTKIT_INLINE Vec<T> square_root(Vec<T> v) {
 #if defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 64
   if constexpr (IsSame<T, float>) return (Vec<T>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);  // plain, gcc 12 warns
@@ -301,6 +306,20 @@ class KernelScope {
   unsigned saved_;
 #else
   KernelScope() {}
+#endif
+};
+
+// Subnormal numbers are kept within its scope, whatever the mode of the thread: every thread gives the same bits.
+class ExactScope {
+ public:
+#ifdef FASTKIT_X86
+  ExactScope() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~ExactScope() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  ExactScope() {}
 #endif
 };
 

@@ -26,25 +26,6 @@ constexpr T kInfinity = __builtin_inf();
 template <class T>
 constexpr T kNaN = __builtin_nan("");
 
-template <class T>
-FASTKIT_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};
-}
-
-// Subnormal numbers are kept within its scope, whatever the mode of the thread: every thread gives the same bits.
-class ExactScope {
- public:
-#ifdef FASTKIT_X86
-  ExactScope() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~ExactScope() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  ExactScope() {}
-#endif
-};
-
 // --- rows ------------------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -94,11 +94,13 @@ void backward(const std::string& isa, const Array<T>& gy, const Array<T>& x, con
 
 }  // namespace
 
+void bind_icp(py::module_& m);
 void bind_iir_scan_warps(py::module_& m);
 void bind_lora_linear_prune(py::module_& m);
 void bind_mtadam(py::module_& m);
 
 PYBIND11_MODULE(_host, m) {
+  bind_icp(m);
   bind_iir_scan_warps(m);
   bind_lora_linear_prune(m);
   bind_mtadam(m);

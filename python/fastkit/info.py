@@ -12,7 +12,7 @@ import torch
 from fastkit import __version__, _native
 from fastkit._dispatch import IMPLS, Kernels, unavailable
 
-STEMS = ("iir_scan", "lora_linear", "mtadam", "moments", "procrustes", "topk_similarity")
+STEMS = ("icp", "iir_scan", "lora_linear", "mtadam", "moments", "procrustes", "topk_similarity")
 
 
 def available(stem: str) -> dict[str, bool | str]:

@@ -7,12 +7,9 @@
 
 #include "common/isa.h"
 #include "fastkit/element.h"
+#include "fastkit/parallel.h"
 
 namespace fastkit {
-
-// run(grain, tasks, body, context) calls body(context, begin, end) for ranges of at least `grain` tasks, and returns
-// when all are done.
-using ParallelRanges = void (*)(int64_t grain, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context);
 
 struct PolarSchedule {
   const double* rationals = nullptr;  // (rational_count, 3): of x (a + b x^2) / (1 + c x^2)

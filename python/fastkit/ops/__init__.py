@@ -1,5 +1,6 @@
 """Public functions on tensors: check, choose an implementation, differentiate."""
 
+from fastkit.ops.icp import icp_epoch as icp_epoch
 from fastkit.ops.iir_scan import iir_scan as iir_scan
 from fastkit.ops.iir_scan import iir_scan_with_state as iir_scan_with_state
 from fastkit.ops.iir_scan import iir_step as iir_step
@@ -17,6 +18,7 @@ from fastkit.ops.procrustes import polar as polar
 from fastkit.ops.procrustes import procrustes as procrustes
 from fastkit.ops.topk_similarity import csls_topk as csls_topk
 from fastkit.ops.topk_similarity import topk_similarity as topk_similarity
+from fastkit.reference import ICPEpoch as ICPEpoch
 from fastkit.reference import IIRState as IIRState
 from fastkit.reference import LinearWithStats as LinearWithStats
 from fastkit.reference import Moments as Moments

@@ -1,5 +1,7 @@
 """Every op in plain PyTorch: the specification, against which tests hold kernels and their own oracles."""
 
+from fastkit.reference.icp import ICPEpoch as ICPEpoch
+from fastkit.reference.icp import icp_epoch as icp_epoch
 from fastkit.reference.iir_scan import IIRState as IIRState
 from fastkit.reference.iir_scan import iir_scan as iir_scan
 from fastkit.reference.iir_scan import iir_scan_with_state as iir_scan_with_state

@@ -1,0 +1,14 @@
+// icp_epoch on the GPU: launches the warps of fastkit/icp_warps.h, where the algorithm is.
+#include "common/launch.cuh"
+#include "fastkit/icp_cuda.h"
+#include "fastkit/icp_warps.h"
+
+namespace fastkit {
+
+const char* icp_epoch_cuda(const ICPEpochOnGpu& call, void* stream, const std::function<void*(int64_t)>& memory) {
+  CudaStream on{static_cast<cudaStream_t>(stream), memory};
+  icp_warps::epoch(call, on);
+  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+}
+
+}  // namespace fastkit
