@@ -1,8 +1,13 @@
 """Options of the test run, the implementations under test, and scripts in fresh processes."""
 
+import os
+
+# Before torch is imported: threads that wait leave their core to others. Where there are not as many cores as
+# threads, as under other processes, they would burn many times what the tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +60,8 @@ def kernels_of(request):
     return getattr(request.module, "KERNELS", KERNELS)
 
 
-@pytest.fixture(params=BACKENDS)
-def impl(request):
-    """An implementation; the tensors that the test makes are born on its device."""
+def implementation(request):
+    """That of the parameter; the tensors that the test makes are born on its device."""
     name, device = request.param
     kernels = kernels_of(request)
     if name == "cuda" and name not in kernels:
@@ -68,6 +72,17 @@ def impl(request):
     # The CPU is the default as it is; to say so would make every call of PyTorch slower.
     with contextlib.nullcontext() if device.type == "cpu" else device:
         yield name
+
+
+@pytest.fixture(params=BACKENDS)
+def impl(request):
+    yield from implementation(request)
+
+
+@pytest.fixture(params=[backend for backend in BACKENDS if "reference" not in str(backend.id)])
+def kernel(request):
+    """As ``impl``, without the reference: for what its own tests and the cells of the contract ask of it."""
+    yield from implementation(request)
 
 
 @pytest.fixture

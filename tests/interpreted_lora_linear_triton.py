@@ -1,7 +1,6 @@
 """The Triton kernels of lora_linear in Triton's interpreter, on the CPU.
 
-``test_lora_linear_triton.py`` runs this file in a process of its own: Triton reads TRITON_INTERPRET as it is
-imported.
+``test_triton.py`` runs this file in a process of its own: Triton reads TRITON_INTERPRET as it is imported.
 """
 
 import itertools

@@ -39,42 +39,65 @@ def test_only_cuda_on_insists_on_nvcc(tmp_path, wanted):
     assert ("FASTKIT_CUDA=ON needs nvcc" in message) == (wanted == "ON")
 
 
-@pytest.fixture
-def tree(tmp_path):
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
     """A copy of the checkout, never built."""
     ignored = shutil.ignore_patterns(".git", "build", ".venv*", "*.so", "*.egg-info", "__pycache__")
-    return shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "tree", ignore=ignored)
 
 
-def install(tree, target, **environment):
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, tree]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
-    return target / "fastkit"
+@pytest.fixture(scope="module")
+def install(tree, tmp_path_factory):
+    """By the compiler that is here, without optimization: what it makes is not run."""
+    compiler = tmp_path_factory.mktemp("compiler") / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    compiler.chmod(0o755)
+
+    def install(name, **environment):
+        target = tmp_path_factory.mktemp(name)
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, tree]
+        environment = {**os.environ, "CXX": str(compiler), **environment}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return target / "fastkit"
+
+    return install
 
 
-@pytest.mark.slow
-def test_installing_twice_in_one_tree_works_when_the_build_tools_have_moved(tree, tmp_path):
-    """pip's isolated build brings a ninja of its own, which is gone at the next install."""
-    for attempt in ("first", "second"):
-        tools = tmp_path / attempt
-        tools.mkdir()
+@pytest.fixture(scope="module")
+def install_with_tools(install, tmp_path_factory):
+    """With a ninja of its own, which is gone afterwards: so is that of pip's isolated build."""
+
+    def install_with_tools(name):
+        tools = tmp_path_factory.mktemp("tools")
         (tools / "ninja").symlink_to(shutil.which("ninja"))
-        path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-        package = install(tree, tmp_path / f"site-{attempt}", PATH=path, FASTKIT_CUDA="OFF")
-        assert (package / "_C.so").is_file()
+        package = install(name, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}", FASTKIT_CUDA="OFF")
         (tools / "ninja").unlink()
+        return package
+
+    return install_with_tools
+
+
+@pytest.fixture(scope="module")
+def first(tree, install_with_tools):
+    """Installed when there was a module more."""
+    (tree / "python" / "fastkit" / "gone.py").touch()
+    package = install_with_tools("first")
+    (tree / "python" / "fastkit" / "gone.py").unlink()
+    assert (package / "_C.so").is_file() and (package / "gone.py").is_file()
+    return package
 
 
 @pytest.mark.slow
-def test_a_build_holds_what_was_asked_for_whatever_was_built_before(tree, tmp_path):
+def test_installing_twice_in_one_tree_works_when_the_build_tools_have_moved(first, install_with_tools):
+    assert (install_with_tools("second") / "_C.so").is_file()
+
+
+@pytest.mark.slow
+def test_a_build_holds_what_was_asked_for_whatever_was_built_before(first, install):
     """Options that return find their own library, and modules that are gone stay gone."""
-    (tree / "python" / "fastkit" / "gone.py").touch()
-    first = install(tree, tmp_path / "first", FASTKIT_CUDA="OFF")
-    assert (first / "gone.py").is_file()
-    (tree / "python" / "fastkit" / "gone.py").unlink()
-    other = install(tree, tmp_path / "other", FASTKIT_CUDA="AUTO", FASTKIT_CUDA_ARCHS="90-real")
-    again = install(tree, tmp_path / "again", FASTKIT_CUDA="OFF")
+    other = install("other", FASTKIT_CUDA="AUTO", FASTKIT_CUDA_ARCHS="90-real")
+    again = install("again", FASTKIT_CUDA="OFF")
     assert not (again / "gone.py").exists()
     assert (again / "_C.so").read_bytes() == (first / "_C.so").read_bytes()
     if shutil.which("nvcc"):

@@ -199,13 +199,13 @@ PER_SAMPLE = {
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("layout_of_x", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("layout", PER_SAMPLE)
-def test_coefficients_of_every_sample(impl, layout, layout_of_x, carry):
+def test_coefficients_of_every_sample(kernel, layout, layout_of_x, carry):
     torch.manual_seed(0)
     for B, C, T in ((1, 1, 5), (2, 3, 40), (2, 17, 19)):
         x = LAYOUTS[layout_of_x](B, C, T)
         a, b = 0.3 * PER_SAMPLE[layout](B, C, T, 2), PER_SAMPLE[layout](B, C, T, 3)
-        check(x, a, b, chunk=1, carry=carry, impl=impl)
-        check(x, a, chunk=1, carry=carry, impl=impl)
+        check(x, a, b, chunk=1, carry=carry, impl=kernel)
+        check(x, a, chunk=1, carry=carry, impl=kernel)
 
 
 @pytest.mark.parametrize("time", [256, 511, 514, 1025])
@@ -278,14 +278,14 @@ HALF_SIZES = [Size(2, 17, 33, 16), Size(1, 2, 300, None), Size(3, 11, 150, 128),
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", HALF_SIZES, ids=str)
-def test_half_precision_x(impl, size, dtype, carry, numerator):
+def test_half_precision_x(kernel, size, dtype, carry, numerator):
     """Its coefficients and their gradients are float32, and so is the arithmetic."""
     x, a, b, gy = make_inputs(size, dtype=dtype)
     b = b if numerator else None
     for layout in ("contiguous", "channels_last"):
         if layout == "channels_last":
             x, gy = (t.mT.contiguous().mT for t in (x, gy))
-        results = check(x, a, b, gy, chunk=size.chunk, carry=carry, impl=impl)
+        results = check(x, a, b, gy, chunk=size.chunk, carry=carry, impl=kernel)
         assert [results[name].dtype for name in ("y", "gx", "ga")] == [dtype, dtype, torch.float32]
 
 
@@ -367,8 +367,8 @@ def test_every_instruction_set(native, run_script, isa):
         from fastkit.testing.iir_scan import check, make_inputs, make_packed_inputs, make_state
         assert json.loads(torch.ops.fastkit.build_info())["cpu_isa"] == {isa!r}
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            for size in sizes("iir_scan")[:: 1 if dtype == torch.float32 else 3]:
-                for filters in (None, 3) if size.T < 1000 else (None,):
+            for i, size in enumerate(sizes("iir_scan")[:: 1 if dtype == torch.float32 else 3]):
+                for filters in (None, 3) if size.T < 1000 and i % 2 == 0 else (None,):
                     radius = 0.5 if dtype == torch.float16 else 0.9  # or it overflows
                     x, a, b, gy = make_inputs(size, filters=filters, dtype=dtype, radius=radius)
                     options = {{"state": make_state(x, a), "chunk": size.chunk, "impl": "cpu"}}

@@ -58,6 +58,8 @@ def assert_all_equal(results, expected):
 )
 def test_nan_reaches_what_depends_on_it_and_nothing_else(impl, size, filters, sample, carry, layout):
     """At one sample of x, then of gy; all else is as without it, bit for bit."""
+    if impl == "reference" and size.T > 257:
+        pytest.skip("so many samples are for the kernels' tiles")
     x, a, b, gy = make_inputs(size, filters=filters)
     state = make_state(x, a)
     signals = {"x": LAYOUTS[layout](x), "gy": LAYOUTS[layout](gy)}

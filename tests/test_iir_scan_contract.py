@@ -6,27 +6,18 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contracts import checks_of, write_page
 from torch import Tensor
 
 from fastkit import ops, reference
-from fastkit._dispatch import IMPLS, unavailable
+from fastkit._dispatch import unavailable
 from fastkit.ops.iir_scan import KERNELS
 from fastkit.reference import IIRState
-from fastkit.testing.contract import CAPABILITIES, Contract, Mode, Refusal, arithmetic_of
-
-PAGE = Path(__file__).parents[1] / "docs" / "ops" / "iir_scan.md"
-
-native = pytest.mark.native
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch.compile
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch.func.jvp
-]
-
+from fastkit.testing.contract import Contract, Mode, Refusal, arithmetic_of
 
 # The rows
 
@@ -147,35 +138,13 @@ IMPLEMENTATIONS = {
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, REFUSALS)
 
-
-@native
-@pytest.mark.parametrize("impl", CONTRACT.running)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("mode", MODES)
-def test_cell(mode, capability, impl):
-    reason = unavailable(impl, KERNELS)
-    if reason is not None:
-        pytest.skip(reason)
-    CONTRACT.check(mode, capability, impl)
-
-
-@native
-def test_the_table_has_every_implementation_and_no_stray_refusal():
-    assert set(IMPLEMENTATIONS) == set(IMPLS)
-    assert all(mode in MODES and capability in CAPABILITIES for mode, capability in REFUSALS)
-
-
-def test_page_has_the_table():
-    if not PAGE.is_file():
-        pytest.skip("the tests are here without the documentation")
-    text = PAGE.read_text()
-    assert text == CONTRACT.on_page(text), f"run: python {Path(__file__).name}"
+test_cell, test_the_table, test_page_has_the_table = checks_of("iir_scan", CONTRACT, KERNELS)
 
 
 # A diagonal state-space model is a bank
 
 
-@native
+@pytest.mark.native
 @pytest.mark.parametrize("impl", CONTRACT.running)
 def test_diagonal_ssm_is_a_bank(impl):
     reason = unavailable(impl, KERNELS)
@@ -208,4 +177,4 @@ def test_diagonal_ssm_is_a_bank(impl):
 
 
 if __name__ == "__main__":
-    PAGE.write_text(CONTRACT.on_page(PAGE.read_text()))
+    write_page("iir_scan", CONTRACT)

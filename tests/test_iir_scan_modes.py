@@ -40,11 +40,9 @@ OPTIONS = [
 ]
 
 
-def inputs_of_options(impl, size, filters):
-    """x, a, b or None, gy and carry for each of the options; for the reference, without half precision."""
+def inputs_of_options(size, filters):
+    """x, a, b or None, gy and carry for each of the options."""
     for dtype, carry, numerator in OPTIONS:
-        if impl == "reference" and dtype.itemsize == 2:
-            continue
         radius = 0.5 if size.chunk == 1 else 0.9  # filters that change with every sample may grow
         x, a, b, gy = make_inputs(size, filters=filters, dtype=dtype, radius=radius)
         yield x, a, b if numerator else None, gy, carry
@@ -53,13 +51,11 @@ def inputs_of_options(impl, size, filters):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("chunk", [None, 1, 3, 16, 128])
 @pytest.mark.parametrize("filters", [1, 2, 3, 5])
-def test_bank(impl, filters, chunk, layout):
-    if impl == "reference" and layout == "channels_last":
-        pytest.skip("the reference does not look at strides")
-    for x, a, b, gy, carry in inputs_of_options(impl, Size(2, 17, 37, chunk), filters):
+def test_bank(kernel, filters, chunk, layout):
+    for x, a, b, gy, carry in inputs_of_options(Size(2, 17, 37, chunk), filters):
         if layout == "channels_last":
             x, gy = channels_last(x, gy)
-        check(x, a, b, gy, chunk=chunk, carry=carry, impl=impl)
+        check(x, a, b, gy, chunk=chunk, carry=carry, impl=kernel)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -67,7 +63,7 @@ def test_bank(impl, filters, chunk, layout):
 @pytest.mark.parametrize("filters", [2, 3])
 def test_bank_across_borders(native, filters, chunk, layout):
     """Backward starts again every 128 samples of a chunk from states that forward has kept."""
-    for x, a, b, gy, carry in inputs_of_options(native, Size(1, 9, 300, chunk), filters):
+    for x, a, b, gy, carry in inputs_of_options(Size(1, 9, 300, chunk), filters):
         if layout == "channels_last":
             x, gy = channels_last(x, gy)
         a, b = a[:1, :1], None if b is None else b[:1, :1]  # the oracle has a matrix for each
@@ -133,14 +129,12 @@ def test_only_some_gradients(impl, filters, wanted):
 @pytest.mark.parametrize(("chunk", "carry"), [(None, True), (1, True), (1, False), (16, True), (16, False)])
 @pytest.mark.parametrize("time", [1, 2, 3, 33, 257])
 @pytest.mark.parametrize("filters", [None, 3])
-def test_state(impl, filters, time, chunk, carry):
-    if impl == "reference" and time == 257:
-        pytest.skip("so many samples are for the kernels' tiles")
+def test_state(kernel, filters, time, chunk, carry):
     radius = 0.5 if chunk == 1 else 0.9
-    for dtype in (torch.float32,) if impl == "reference" or time == 257 else DTYPES:
+    for dtype in (torch.float32,) if time == 257 else DTYPES:
         size = Size(2, 17 if time < 257 else 2, time, chunk)
         x, a, b, gy = make_inputs(size, filters=filters, dtype=dtype, radius=radius)
-        options = {"chunk": chunk, "carry": carry, "impl": impl}
+        options = {"chunk": chunk, "carry": carry, "impl": kernel}
         crossed = dtype == torch.float32
         for numerator in (b, None) if crossed else (b,):
             check(x, a, numerator, gy, state=make_state(x, a), **options)
@@ -262,15 +256,13 @@ CHUNKS = {
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("filters", [None, 3])
-def test_packed(impl, filters, lengths, chunk):
+def test_packed(kernel, filters, lengths, chunk):
     """Every gradient is that of the sequences one by one: so the oracle computes it."""
     chunk, one_filter = CHUNKS[chunk]
     long = lengths in ("uneven", "few")
-    if impl == "reference" and long:
-        pytest.skip("so many samples are for the kernels' tiles")
-    for C in (2,) if impl == "reference" else (1, 3) if long else (1, 17):
+    for C in (1, 3) if long else (1, 17):
         for dtype, carry in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
-            if (long or impl == "reference") and dtype == torch.bfloat16:
+            if long and dtype == torch.bfloat16:
                 continue
             x, a, b, gy, offsets = make_packed_inputs(
                 LENGTHS[lengths], C, chunk, filters=filters, dtype=dtype
@@ -279,7 +271,7 @@ def test_packed(impl, filters, lengths, chunk):
                 a, b = a[:, :, :1], b[:, :, :1]
             if filters is not None and long:
                 a, b = a[:, :1], b[:, :1]
-            options = {"cu_seqlens": offsets, "chunk": chunk, "carry": carry, "impl": impl}
+            options = {"cu_seqlens": offsets, "chunk": chunk, "carry": carry, "impl": kernel}
             state = make_state(x, a, offsets)
             check(x, a, b, gy, state=state, **options)
             check(*channels_last(x), a, None, *channels_last(gy), **options)
@@ -464,11 +456,11 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sections", range(1, 10))
-def test_sosfilt_is_scipys(impl, sections, shape):
+def test_sosfilt_is_scipys(kernel, sections, shape):
     signal = pytest.importorskip("scipy.signal")
     torch.manual_seed(0)
     x, sos = SHAPES[shape](40).double(), make_sections(sections, torch.float64)
-    y = sosfilt(x, sos, impl=impl)
+    y = sosfilt(x, sos, impl=kernel)
     assert y.shape == x.shape
     torch.testing.assert_close(y, torch.from_numpy(signal.sosfilt(sos.numpy(), x.numpy())))
 
@@ -531,13 +523,13 @@ CASCADES = [
 
 
 @pytest.mark.parametrize(("sections", "dtype", "shape"), CASCADES, ids=str)
-def test_sosfilt_is_as_precise_as_its_sections(impl, sections, dtype, shape):
+def test_sosfilt_is_as_precise_as_its_sections(kernel, sections, dtype, shape):
     torch.manual_seed(0)
-    x = SHAPES[shape](150 if impl != "reference" else 40)
+    x = SHAPES[shape](150)
     x, gy = x.to(dtype), torch.randn_like(x).to(dtype)
     sos = make_sections(sections, torch.float32 if dtype.itemsize == 2 else dtype)
     leaf = x.detach().requires_grad_()
-    y = sosfilt(leaf, sos, impl=impl)
+    y = sosfilt(leaf, sos, impl=kernel)
     gx = torch.autograd.grad(y, leaf, gy)[0]
     with threads(1):
         expected_y, expected_gx = expected_cascade(x, sos, gy)

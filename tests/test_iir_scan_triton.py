@@ -1,84 +1,16 @@
-"""The Triton kernels of iir_scan without a GPU: in the interpreter, and compiled for GPUs elsewhere."""
+"""impl="triton" of iir_scan where it cannot run or lacks what is asked of it: what is said, what runs."""
 
 import functools
-import importlib.util
 import os
 import re
-import subprocess
-import sys
 import sysconfig
 import warnings
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastkit import _dispatch, _native, info, ops, reference
 from fastkit.ops import iir_scan
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-@needs_triton
-@pytest.mark.slow
-def test_in_the_interpreter():
-    """A process of its own: Triton decides as it is imported. It prints its tests."""
-    if version("triton").startswith("3.6."):
-        pytest.skip("the interpreter of triton 3.6 fails with numpy >= 2.4")
-    file = Path(__file__).with_name("interpreted_iir_scan_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
-
-
-def variants():
-    """Every variant for one architecture, and every kernel for the others, where there is time."""
-    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-        return []
-    from fastkit.testing.iir_scan_triton import AOT_VARIANTS
-
-    of_kernels = {variant.kernel.__name__: variant for variant in AOT_VARIANTS}.values()
-    others = [
-        pytest.param(variant, capability, marks=pytest.mark.slow)
-        for capability in (80, 100)
-        for variant in of_kernels
-    ]
-    return [(variant, 90) for variant in AOT_VARIANTS] + others
-
-
-@needs_triton
-@pytest.mark.parametrize(("variant", "capability"), variants(), ids=lambda v: getattr(v, "name", v))
-def test_compiles_without_spills(variant, capability, monkeypatch, tmp_path):
-    from fastkit.testing.aot import compiled
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    resources = compiled(variant, capability)
-    assert 0 < resources.registers <= 255
-    assert resources.stack == 0
-    assert resources.shared <= 48 * 1024
-
-
-@needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1")
-def test_every_kernel_is_among_the_variants():
-    import triton
-
-    from fastkit.testing.iir_scan_triton import AOT_VARIANTS
-    from fastkit.triton import iir_scan as kernels
-
-    launched = {
-        name
-        for name, kernel in vars(kernels).items()
-        if isinstance(kernel, triton.JITFunction) and not name.startswith("_")
-    }
-    assert {variant.kernel.__name__ for variant in AOT_VARIANTS} == launched
 
 
 def refused(reason):
@@ -261,13 +193,3 @@ def test_neither_cuda_nor_triton_warns_why(without_nvcc, monkeypatch):
     because = f'impl="cuda" cannot run: {NO_CUDA}; impl="triton" cannot run: no C compiler (set CC)'
     assert str(warning.message) == INSTEAD + because
     assert warning.filename == __file__
-
-
-def test_import_of_the_ops_leaves_triton_alone(run_script):
-    script = """if True:
-        import sys, torch, fastkit.ops
-        torch.ops.fastkit_triton.iir_scan_fwd
-        print("triton" in sys.modules)
-        """
-    done = run_script(script)
-    assert done.stdout.strip() == "False", done.stderr

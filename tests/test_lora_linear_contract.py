@@ -5,25 +5,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from contracts import checks_of, write_page
 from torch import Tensor
 
 from fastkit import ops, reference
-from fastkit._dispatch import IMPLS, unavailable
 from fastkit.ops.lora_linear import KERNELS
 from fastkit.testing.contract import CAPABILITIES, Contract, Mode, arithmetic_of
-
-PAGE = Path(__file__).parents[1] / "docs" / "ops" / "lora_linear.md"
-
-native = pytest.mark.native
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch.compile
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch.func.jvp
-]
-
 
 # The rows
 
@@ -99,32 +89,14 @@ IMPLEMENTATIONS = {
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})
 
-
-@native
-@pytest.mark.parametrize("impl", CONTRACT.running)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("mode", MODES)
-def test_cell(mode, capability, impl):
-    reason = unavailable(impl, KERNELS)
-    if reason is not None:
-        pytest.skip(reason)
-    CONTRACT.check(mode, capability, impl)
+test_cell, test_the_table, test_page_has_the_table = checks_of("lora_linear", CONTRACT, KERNELS)
 
 
-@native
-def test_the_table_has_every_implementation():
-    assert set(IMPLEMENTATIONS) == set(IMPLS)
-    assert unavailable("cuda", KERNELS) in IMPLEMENTATIONS["cuda"]
+@pytest.mark.native
+def test_the_table_has_the_dtypes_of_triton():
     covered = [name for name in CAPABILITIES if getattr(torch, name, None) in KERNELS["triton"]]
     assert all(name in IMPLEMENTATIONS["triton"] for name in covered) and len(covered) == 3
 
 
-def test_page_has_the_table():
-    if not PAGE.is_file():
-        pytest.skip("the tests are here without the documentation")
-    text = PAGE.read_text()
-    assert text == CONTRACT.on_page(text), f"run: python {Path(__file__).name}"
-
-
 if __name__ == "__main__":
-    PAGE.write_text(CONTRACT.on_page(PAGE.read_text()))
+    write_page("lora_linear", CONTRACT)

@@ -53,12 +53,11 @@ def call_of(inputs, names=NAMES, op=lora_linear, **options):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_gradcheck_and_gradgradcheck(impl, flags):
-    """With and without mask, lora_x and bias; to everything. Of the reference it is autograd's own."""
-    call, leaves = call_of(inputs_of(flags=flags), impl=impl)
+def test_gradcheck_and_gradgradcheck(kernel, flags):
+    """With and without mask, lora_x and bias; to everything."""
+    call, leaves = call_of(inputs_of(flags=flags), impl=kernel)
     assert gradcheck(call, leaves)
-    if impl != "reference":
-        assert gradgradcheck(call, leaves)
+    assert gradgradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("lora_x", [False, True])
@@ -155,8 +154,8 @@ def test_the_statistic_has_no_part_in_second_gradients(native):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_forward_mode(impl, flags):
-    call, leaves = call_of(inputs_of(flags=flags), impl=impl)
+def test_forward_mode(kernel, flags):
+    call, leaves = call_of(inputs_of(flags=flags), impl=kernel)
     assert gradcheck(call, leaves, check_forward_ad=True, check_backward_ad=False)
 
 

@@ -84,9 +84,9 @@ def assert_same_bits(inputs, others, names=None):
 
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_the_reference(impl, dtype, L):
+def test_matches_the_reference(kernel, dtype, L):
     shapes = SHAPES if L <= 3 else [(), (7,), (33,), (4097,)]
-    check_steps(make_inputs(shapes, L, dtype=dtype, seed=L, amsgrad=L == 2), 2, impl=impl)
+    check_steps(make_inputs(shapes, L, dtype=dtype, seed=L, amsgrad=L == 2), 2, impl=kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

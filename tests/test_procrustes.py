@@ -479,12 +479,12 @@ def test_opcheck(native):
 
 
 @pytest.mark.parametrize("condition", [10.0, 1e6])
-def test_compile(condition, impl):
+def test_compile(condition, kernel):
     """In one graph, the SVD's branch too."""
     m = with_spectrum(log_spaced(6, condition)).to(torch.get_default_device())
-    run = torch.compile(lambda m: polar(m, impl=impl), backend="aot_eager", fullgraph=True)
+    run = torch.compile(lambda m: polar(m, impl=kernel), backend="aot_eager", fullgraph=True)
     results = []
-    for function in (run, lambda m: polar(m, impl=impl)):
+    for function in (run, lambda m: polar(m, impl=kernel)):
         leaf = m.clone().requires_grad_()
         w = function(leaf)
         results.append((w.detach(), torch.autograd.grad((w * torch.arange(6.0)).sum(), leaf)[0]))

@@ -5,26 +5,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import pytest
 import torch
+from contracts import checks_of, write_page
 from torch import Tensor
 
-from fastkit._dispatch import IMPLS, unavailable
 from fastkit.ops.procrustes import KERNELS, polar, procrustes
 from fastkit.reference.procrustes import polar as reference_polar
 from fastkit.reference.procrustes import procrustes as reference_procrustes
-from fastkit.testing.contract import CAPABILITIES, Contract, Mode
-
-PAGE = Path(__file__).parents[1] / "docs" / "ops" / "procrustes.md"
-
-native = pytest.mark.native
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch.compile
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch.func.jvp
-]
-
+from fastkit.testing.contract import Contract, Mode
 
 # The rows
 
@@ -70,27 +59,8 @@ IMPLEMENTATIONS = {
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})
 
-
-@native
-@pytest.mark.parametrize("impl", CONTRACT.running)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("mode", MODES)
-def test_cell(mode, capability, impl):
-    CONTRACT.check(mode, capability, impl)
-
-
-@native
-def test_the_table_has_every_implementation():
-    assert set(IMPLEMENTATIONS) == set(IMPLS)
-    assert f"no: {unavailable('triton', KERNELS)}" == IMPLEMENTATIONS["triton"]
-
-
-def test_page_has_the_table():
-    if not PAGE.is_file():
-        pytest.skip("the tests are here without the documentation")
-    text = PAGE.read_text()
-    assert text == CONTRACT.on_page(text), f"run: python {Path(__file__).name}"
+test_cell, test_the_table, test_page_has_the_table = checks_of("procrustes", CONTRACT, KERNELS)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(CONTRACT.on_page(PAGE.read_text()))
+    write_page("procrustes", CONTRACT)

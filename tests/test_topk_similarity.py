@@ -43,13 +43,13 @@ def options_of(metric, bias):
 @pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("n", "m", "D", "k"), SIZES)
-def test_chooses_the_nearest(impl, n, m, D, k, metric, repeated):
+def test_chooses_the_nearest(kernel, n, m, D, k, metric, repeated):
     """With and without a bias; of keys that are repeated, the first ones."""
     for dtype in DTYPES[:2]:
         queries, keys, bias = make_tables(n, m, D, dtype=dtype, repeated=repeated)
         for of in (None, bias):
             options = options_of(metric, of)
-            found = topk_similarity(queries, keys, k, impl=impl, **options)
+            found = topk_similarity(queries, keys, k, impl=kernel, **options)
             expected = expected_scores(queries, keys, **options)
             assert found.values.dtype == dtype
             assert_chosen(found, expected, k, least=metric == "l2")
@@ -273,19 +273,19 @@ def blocks(request, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_gradcheck(impl, blocks, metric):
-    values = values_of(topk_similarity, metric, 3, impl=impl)
+def test_gradcheck(kernel, blocks, metric):
+    values = values_of(topk_similarity, metric, 3, impl=kernel)
     assert gradcheck(values, leaves_of(metric))
     assert gradgradcheck(values, leaves_of(metric), fast_mode=True)
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["queries", "sources"])
-def test_gradcheck_of_csls(impl, blocks, apart):
+def test_gradcheck_of_csls(kernel, blocks, apart):
     leaves = leaves_of("l2")
     leaves += [make_tables(6, 1, 3, dtype=torch.float64, seed=1)[0].requires_grad_()] if apart else []
 
     def values(queries, keys, sources=None):
-        return csls_topk(queries, keys, 2, sources=sources, neighbors=3, impl=impl).values
+        return csls_topk(queries, keys, 2, sources=sources, neighbors=3, impl=kernel).values
 
     assert gradcheck(values, leaves)
     assert gradgradcheck(values, leaves, fast_mode=True)

@@ -5,26 +5,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from contracts import checks_of, write_page
 from torch import Tensor
 
 from fastkit import ops, reference
-from fastkit._dispatch import IMPLS, unavailable
 from fastkit.ops.topk_similarity import KERNELS
-from fastkit.testing.contract import CAPABILITIES, Contract, Mode, arithmetic_of
-
-PAGE = Path(__file__).parents[1] / "docs" / "ops" / "topk_similarity.md"
-
-native = pytest.mark.native
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch.compile
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch.func.jvp
-]
-
+from fastkit.testing.contract import Contract, Mode, arithmetic_of
 
 # The rows
 
@@ -84,32 +73,8 @@ IMPLEMENTATIONS = {
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})
 
-
-@native
-@pytest.mark.parametrize("impl", CONTRACT.running)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("mode", MODES)
-def test_cell(mode, capability, impl):
-    reason = unavailable(impl, KERNELS)
-    if reason is not None:
-        pytest.skip(reason)
-    CONTRACT.check(mode, capability, impl)
-
-
-@native
-def test_the_table_has_every_implementation():
-    assert set(IMPLEMENTATIONS) == set(IMPLS)
-    for impl in IMPLS:
-        if impl != "reference" and impl not in KERNELS:
-            assert unavailable(impl, KERNELS) in IMPLEMENTATIONS[impl]
-
-
-def test_page_has_the_table():
-    if not PAGE.is_file():
-        pytest.skip("the tests are here without the documentation")
-    text = PAGE.read_text()
-    assert text == CONTRACT.on_page(text), f"run: python {Path(__file__).name}"
+test_cell, test_the_table, test_page_has_the_table = checks_of("topk_similarity", CONTRACT, KERNELS)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(CONTRACT.on_page(PAGE.read_text()))
+    write_page("topk_similarity", CONTRACT)

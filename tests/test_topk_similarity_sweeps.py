@@ -50,20 +50,21 @@ def assert_same(found, expected):
 # Sweeps
 
 
-@pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
-@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize(("metric", "repeated"), [("dot", False), ("dot", True), ("l2", False), ("l2", True)])
 @pytest.mark.parametrize(
-    ("n", "m", "D", "k"),
-    [
-        (2047, 2049, 3, 10),
-        (2048, 2048, 5, 3),
-        (2049, 6200, 2, 33),
-        (4097, 300, 4, 300),
-        (1100, 2100, 2, 2100),
-        (5, 270_000, 8, 7),
-    ],
+    ("n", "m", "D", "k"), [(2047, 2049, 3, 10), (2048, 2048, 5, 3), (2049, 6200, 2, 33), (4097, 300, 4, 300)]
 )
 def test_over_the_borders_of_sweeps(n, m, D, k, metric, repeated):
+    check_sweeps(n, m, D, k, metric, repeated)
+
+
+@pytest.mark.parametrize(("metric", "repeated"), [("dot", True), ("l2", False)])
+@pytest.mark.parametrize(("n", "m", "D", "k"), [(1100, 2100, 2, 2100), (5, 270_000, 8, 7)])
+def test_all_keys_and_many_keys(n, m, D, k, metric, repeated):
+    check_sweeps(n, m, D, k, metric, repeated)
+
+
+def check_sweeps(n, m, D, k, metric, repeated):
     queries, keys, bias = make_tables(n, m, D, repeated=repeated)
     options = {"metric": metric, "key_bias": bias if metric == "dot" else None}
     found = topk_similarity(queries, keys, k, impl="cpu", **options)

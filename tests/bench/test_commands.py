@@ -15,7 +15,7 @@ import pytest
 from fastkit import __version__, _command
 from fastkit.__main__ import main
 from fastkit.bench import cases, child, demo, full, harness, machine, progress, report
-from fastkit.bench.cases import iir_scan, iir_scan_chunks, iir_scan_step
+from fastkit.bench.cases import iir_scan_chunks, iir_scan_step
 from fastkit.bench.harness import Row
 from fastkit.bench.measure import Settings
 
@@ -198,12 +198,14 @@ def test_the_cases_run_under_pytest_benchmark(tmp_path):
 
 
 def test_the_demo_measures_trains_and_writes_its_files(tmp_path, monkeypatch, capfd):
-    chosen = [
+    chunks = [
         iir_scan_chunks.case(1, 4, 64, chunk=16, warm=True, backward=backward, compile=False)
         for backward in (False, True)
     ]
-    monkeypatch.setattr(iir_scan, "demo_cases", lambda quick: chosen)
-    monkeypatch.setattr(demo, "_QUICK", Settings(rounds=5, copy_bytes=4 << 20))
+    chosen = {"iir_scan": chunks, "another": [iir_scan_step.case(2, 3)]}
+    monkeypatch.setattr(cases, "stems", lambda: [*chosen])
+    monkeypatch.setattr(cases, "of", lambda stem: SimpleNamespace(demo_cases=lambda quick: chosen[stem]))
+    monkeypatch.setattr(demo, "_QUICK", Settings(rounds=2, copy_bytes=4 << 20))
     train = demo.train_digits
     monkeypatch.setattr(demo, "train_digits", lambda **_: train(seeds=(0,), epochs=1))
 
@@ -212,7 +214,8 @@ def test_the_demo_measures_trains_and_writes_its_files(tmp_path, monkeypatch, ca
     assert "x floor" in output.out and "without it" in output.out
     assert "it/s" not in output.err  # not a terminal: no bars
     rows = report.read_csv(tmp_path / "out" / "demo.csv")
-    forward = [row.contestant for row in rows if row.direction == "fwd"]
+    assert {row.op for row in rows} == {"iir_scan", "iir_step"}
+    forward = [row.contestant for row in rows if (row.op, row.direction) == ("iir_scan", "fwd")]
     assert forward[:5] == ["fastkit", "fastkit again", "chunk-parallel", "loop", "scipy"]
     for row in rows:
         assert row.note or (row.ratio and row.error < 1e-4)

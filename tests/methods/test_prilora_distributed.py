@@ -13,6 +13,7 @@ SCRIPT = """
 import os
 import sys
 import torch
+import torch._dynamo  # which optimizers import: here once, and not in each process
 from contextlib import nullcontext
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel

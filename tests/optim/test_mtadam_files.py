@@ -159,6 +159,7 @@ def test_resumed_from_safetensors_it_has_the_same_bits(
 KILLED = """
 import os, signal
 import torch
+import torch._dynamo  # which optimizers import: here once, and not in each process
 from torch import nn
 from fastkit.optim import MTAdam
 

@@ -12,6 +12,7 @@ SCRIPT = """
 import os
 import sys
 import torch
+import torch._dynamo  # which optimizers import: here once, and not in each process
 from datetime import timedelta
 from torch import distributed as dist, nn
 from torch.distributed.fsdp import fully_shard

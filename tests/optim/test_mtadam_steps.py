@@ -323,6 +323,16 @@ def test_two_optimizers_do_not_touch_each_other(mode):
 # Memory
 
 
+@pytest.fixture
+def new_objects():
+    """The collector is to look at these alone, not at all that was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("new_objects")
 @pytest.mark.parametrize(("name", "sets"), [("batched", 3), ("streaming", 0)])
 @pytest.mark.parametrize("way", ["step", "backward_term"])
 def test_gradients_of_earlier_terms_are_held_in_batched_mode_alone(name, sets, way):

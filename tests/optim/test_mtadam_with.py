@@ -102,9 +102,7 @@ class Together(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo and inductor, about what they import
-@pytest.mark.parametrize(
-    ("backend", "mode"), [("aot_eager", "batched"), ("aot_eager", "streaming"), ("inductor", "batched")]
-)
+@pytest.mark.parametrize(("backend", "mode"), [("aot_eager", "streaming"), ("inductor", "batched")])
 def test_a_compiled_model_under_three_terms(make_net, everything, assert_same, backend, mode):
     """Whose one backward graph runs three times over the buffers of one forward."""
     net, other = make_net(), make_net()
