@@ -474,6 +474,10 @@ def plain(x, weight, bias, a, b, scale, *, mask, lora_x):
     return y + scale * low
 
 
+def alone(x, weight, bias, a, b, scale, *, mask, lora_x):
+    return nn.functional.linear(x, weight, bias)
+
+
 BIG = LinearSize(4096, 96, 64, 8)
 
 
@@ -492,7 +496,11 @@ BIG = LinearSize(4096, 96, 64, 8)
 def test_nothing_of_the_size_of_x_is_allocated_but_results(native, dtype, wanted, lora_x):
     inputs = make_inputs(BIG, lora_x=lora_x, dtype=dtype, adapter=FLOAT)
     y, gx = (4096 * n * dtype.itemsize for n in (64, 96))
-    expected = [[y], [gx] * len({"x", "lora_x"} & {*wanted})]
+    # On some CPUs PyTorch's own layer, which is a part of this one, takes room beside its result in bfloat16.
+    forward, backward = large_allocations(alone, inputs, ["x"])
+    forward.remove(y), backward.remove(gx)
+    results = [gx] * len({"x", "lora_x"} & {*wanted})
+    expected = [sorted([y, *forward]), sorted([*results, *(backward if "x" in wanted else [])])]
     for layer in (lora_linear, with_stats):
         assert large_allocations(layer, inputs, wanted) == expected
     assert len(large_allocations(plain, inputs, wanted)[0]) > 1
