@@ -12,7 +12,8 @@ import torch
 from fastkit.__main__ import main
 from fastkit._command import Refusal
 from fastkit.methods.word_translation import WordTranslator, load_vectors, row_pairs, save_vectors
-from fastkit.recipes import _words, word_translation
+from fastkit.methods.word_translation.settings import resolve
+from fastkit.recipes import _words
 from fastkit.recipes._word_arms import ARMS
 from fastkit.recipes.word_translation import load_model
 
@@ -149,7 +150,7 @@ def test_source_is_as_the_dictionary_says_or_as_asked(pair):
 @pytest.mark.parametrize("options, text", [
     (["--data", "{tmp}/none"], "--data must be a folder, got nothing there"),
     (["--data", "{tmp}"], "--data must hold two files of word vectors"),
-    (["--data", "{data}", "--from", "cc"], "--from must be one of wiki.aa, bb|--from must be one of"),
+    (["--data", "{data}", "--from", "cc"], "--from must be one of bb, aa, got cc"),
     (["--data", "{data}", "--source", "{data}/bb.npz"], "--source and --target must be given both"),
     (["--dictionary", "{data}/aa-bb.test.tsv"], "--dictionary must be with --source and --target"),
     (["--data", "{data}", "--query", "nothere"], "--query must be words of aa, got nothere"),
@@ -195,11 +196,14 @@ def test_a_dictionary_of_other_words_is_refused_before_anything_is_written(pair,
     assert not (tmp_path / "out").exists()
 
 
-def test_every_arm_makes_a_translator():
-    for arm in ARMS.values():
-        translator = WordTranslator(**arm.options)
-        options = translator.get_params()
-        assert all(options[name] == value for name, value in arm.options.items())
+def test_every_arm_has_options_of_its_own_that_a_fit_takes():
+    resolved = {}
+    for name, arm in ARMS.items():
+        options = {**({"refine": "none"} if arm.supervised else {}), **arm.options}  # as fit has it
+        settings = resolve(options.pop("preset", "robust"), options)
+        assert all(getattr(settings, option) == value for option, value in options.items())
+        resolved[name] = settings, arm.supervised
+    assert len(set(map(repr, resolved.values()))) == len(ARMS)
 
 
 def _rows(path):
@@ -238,4 +242,3 @@ def test_without_data_it_makes_its_own(tmp_path):
     assert main(["run", "word_translation", *QUICK, "--out", str(tmp_path / "out")]) == 0
     figures = metrics_of(tmp_path / "out")["figures"]
     assert figures["converged"]["robust"]["mean"] == 1 and figures["p_at_1"]["robust"]["mean"] > 0.7
-    assert word_translation.KS == (1, 5, 10)

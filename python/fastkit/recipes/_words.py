@@ -40,6 +40,7 @@ class Languages(NamedTuple):
             "name": "-".join(self.names),
             "words": [len(table) for table in tables],
             "columns": [table.vectors.shape[1] for table in tables],
+            "left_out": [dict(table.dropped) for table in tables],
             **{name: None if some is None else len(some) for name, some in entries.items()},
             "sha256": sha256([*chunks, repr(entries).encode()]),
         }

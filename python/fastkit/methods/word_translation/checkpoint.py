@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkit import __version__
-from fastkit._sync import sync_folder
+from fastkit._sync import replace_file
 from fastkit.methods.word_translation.settings import OP
 
 FORMAT = 1
@@ -145,7 +144,7 @@ class Stages:
                     " another folder"
                 )
             text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
-            replace_file(folder / CONFIG, lambda file: file.write(text.encode()))
+            replace_file(folder / CONFIG, lambda path: path.write_text(text))
             return
         try:
             before = json.loads((folder / CONFIG).read_bytes())
@@ -163,7 +162,7 @@ class Stages:
 
     def _write(self, name: str, state: State) -> None:
         if self.folder is not None:
-            replace_file(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
+            replace_file(self.folder / f"{name}.pt", lambda path: torch.save(state, path))
 
     def _read(self, name: str) -> State | None:
         path = None if self.folder is None else self.folder / f"{name}.pt"
@@ -178,21 +177,6 @@ class Stages:
         if not isinstance(state, dict) or not {"step", "finished", "seconds"} <= set(state):
             raise ValueError(f"{OP}: checkpoint must have states of a fit, got {path}; remove it")
         return state
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """The file is the old one or the whole new one, whenever the process or the machine stops."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkit import __version__
-from fastkit._sync import sync_folder
+from fastkit._sync import replace_file
 from fastkit.methods.word_translation.settings import OP
 
 FORMAT = 1
@@ -29,17 +28,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
         )
     save_file = _safetensors("safetensors.torch").save_file
     text = json.dumps({"format": FORMAT, "fastkit": __version__, **facts}, allow_nan=False)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(_apart(copies), temporary, {_KEY: text})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    replace_file(path, lambda temporary: save_file(_apart(copies), temporary, {_KEY: text}))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fastkit._sync import sync_folder
+from fastkit._sync import replace_file
 from fastkit.methods.word_translation import vector_arrays as arrays
 from fastkit.methods.word_translation.vector_arrays import Words
 from fastkit.methods.word_translation.vector_rows import BadLines, Duplicates, Rules, Zeros
@@ -227,23 +227,23 @@ def save_vectors(path: str | os.PathLike[str], words: Sequence[str] | None, vect
         )
         raise kind(f"{_SAVE}: path must be a file in a folder that is there, got {what}: {path}")
     if suffix == ".npz":
-        _replace(path, lambda file: arrays.write_npz(file, words or [], table))
+        replace_file(path, lambda file: arrays.write_npz(file, words or [], table))
     elif suffix == ".npy":
         beside = arrays.words_file(path)
         beside.unlink(missing_ok=True)
-        _replace(path, lambda file: arrays.write_npy(file, table))
+        replace_file(path, lambda file: arrays.write_npy(file, table))
         if words is not None:
             text = "".join(f"{word}\n" for word in words).encode()
-            _replace(beside, lambda file: file.write_bytes(text))
+            replace_file(beside, lambda file: file.write_bytes(text))
     elif suffix == ".safetensors":
         metadata = {"format": arrays.FORMAT} if words is None else arrays.metadata_of(words)
         if len(metadata.get("words", "")) > arrays.LARGEST_METADATA:
             raise ValueError(
                 f"{_SAVE}: words must be shorter for .safetensors, got {len(table)}; save an .npz"
             )
-        _replace(path, lambda file: arrays.write_safetensors(file, metadata, table))
+        replace_file(path, lambda file: arrays.write_safetensors(file, metadata, table))
     else:
-        _replace(path, lambda file: _write_text(file, suffix, words or [], table))
+        replace_file(path, lambda file: _write_text(file, suffix, words or [], table))
 
 
 def _write_text(path: Path, suffix: str, words: Sequence[str], table: Tensor) -> None:
@@ -253,20 +253,6 @@ def _write_text(path: Path, suffix: str, words: Sequence[str], table: Tensor) ->
             return
         with gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
             write_text(packed, words, table)  # pyright: ignore[reportArgumentType]
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """The file is the old one or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _checked_path(op: str, path: object) -> Path:
