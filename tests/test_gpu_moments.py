@@ -4,6 +4,7 @@ graphs, equal bits, and no wait for the device.
 
 import pytest
 import torch
+from contexts import waits_are_errors
 
 from fastkit._dispatch import unavailable
 from fastkit.ops import moments
@@ -59,12 +60,11 @@ def test_half_precision_may_have_weights_of_float32(triton):
 @pytest.mark.sanitize
 def test_strides(triton):
     inputs = inputs_of(RowsSize(300, 12), weights="some")
-    expected = moments(inputs.x, weights=inputs.weights, impl=triton)
+    weights = inputs.weights.repeat_interleave(2)[::2]
     padded = torch.full((300, 33), torch.nan, device="cuda")
     padded[:, 1:25:2] = inputs.x
     for x in (padded[:, 1:25:2], inputs.x.T.contiguous().T, torch.cat([inputs.x] * 2, 1)[:, :12]):
-        found = moments(x, weights=inputs.weights.repeat_interleave(2)[::2], impl=triton)
-        assert all(map(torch.equal, found, expected))
+        check(inputs._replace(x=x, weights=weights), impl=triton)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,12 +111,9 @@ def test_a_graph_replays_a_call(triton):
 def test_nothing_waits_for_the_device(triton):
     inputs = inputs_of(RowsSize(3000, 70), weights="some")
     moments(inputs.x, weights=inputs.weights, impl=triton)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         moments(inputs.x, weights=inputs.weights, impl=triton)
         moments(inputs.x, weights=-inputs.weights, impl=triton)  # whose values are not looked at
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_no_copy_of_the_rows_is_made(triton):

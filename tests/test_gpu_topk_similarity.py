@@ -4,6 +4,7 @@ streams, graphs, equal bits, and no wait for the device.
 
 import pytest
 import torch
+from contexts import waits_are_errors
 
 from fastkit._dispatch import unavailable
 from fastkit.ops import csls_topk, topk_similarity
@@ -190,12 +191,9 @@ def test_nothing_waits_for_the_device(triton, metric):
     queries, keys, bias = tables_of(70, 3000, 40)
     options = options_of(metric, bias)
     topk_similarity(queries, keys, 10, impl=triton, **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         topk_similarity(queries, keys, 10, impl=triton, **options)
         csls_topk(queries, keys, 10, impl=triton)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_scores_are_never_all_there(triton):

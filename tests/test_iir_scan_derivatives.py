@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from contexts import without_default_device
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastkit import reference
@@ -278,7 +279,8 @@ def test_vmap_is_a_loop(impl, axes, filters, shared):
         y, vjp = torch.func.vjp(lambda *inputs: iir_scan(*inputs, chunk=4, impl=impl), x, a, b)
         return y, *vjp(gy)
 
-    found = torch.vmap(scan, (*axes, 0))(*inputs, gy)
+    with without_default_device():
+        found = torch.vmap(scan, (*axes, 0))(*inputs, gy)
     entries = ([t[i] if axis == 0 else t for t, axis in zip(inputs, axes, strict=True)] for i in range(4))
     looped = [scan(*entry, gy[i]) for i, entry in enumerate(entries)]
     torch.testing.assert_close(found, tuple(map(torch.stack, zip(*looped, strict=True))))
@@ -291,7 +293,8 @@ def test_vmap_over_any_axis_and_in_two_levels(impl):
     def scan(x):
         return iir_scan(x, a, b, impl=impl)
 
-    y = torch.vmap(torch.vmap(scan, 2, 2), 4, 4)(xs)
+    with without_default_device():
+        y = torch.vmap(torch.vmap(scan, 2, 2), 4, 4)(xs)
     expected = [torch.stack([scan(xs[:, :, i, :, j]) for i in range(4)], 2) for j in range(5)]
     torch.testing.assert_close(y, torch.stack(expected, 4))
 
@@ -305,7 +308,8 @@ def test_vmap_of_a_state(impl, filters):
     def scan(state):
         return iir_scan_with_state(x, a, b, state, chunk=4, impl=impl)
 
-    y, end = torch.vmap(scan)(stacked)
+    with without_default_device():
+        y, end = torch.vmap(scan)(stacked)
     looped = [scan(state) for state in states]
     torch.testing.assert_close(y, torch.stack([y for y, _ in looped]))
     torch.testing.assert_close(end.y, torch.stack([end.y for _, end in looped]))
@@ -316,10 +320,14 @@ def test_vmap_of_a_step_and_of_a_cascade(impl):
     x, a, _, _ = make_inputs(Size(4, 3, 9, None), dtype=torch.float64)
     step = torch.vmap(lambda x, a: iir_step(x[None, :, 0], a[None, :, 0], impl=impl)[0])
     expected = [iir_step(x[i, None, :, 0], a[i, None, :, 0], impl=impl)[0] for i in range(4)]
-    torch.testing.assert_close(step(x, a), torch.stack(expected))
+    with without_default_device():
+        found = step(x, a)
+    torch.testing.assert_close(found, torch.stack(expected))
     sos = sections_of(3)
     cascade = torch.vmap(lambda x: sosfilt(x, sos, impl=impl))
-    torch.testing.assert_close(cascade(x), torch.stack([sosfilt(row, sos, impl=impl) for row in x]))
+    with without_default_device():
+        found = cascade(x)
+    torch.testing.assert_close(found, torch.stack([sosfilt(row, sos, impl=impl) for row in x]))
 
 
 @pytest.mark.parametrize("filters", [None, 2])
@@ -331,7 +339,8 @@ def test_gradients_per_sample_equal_a_loop(impl, filters):
         return iir_scan(x[None], a, b, chunk=4, impl=impl).square().sum()
 
     gradient = torch.func.grad(loss, (0, 1))
-    found = torch.vmap(gradient, (None, None, 0))(a, b, x)
+    with without_default_device():
+        found = torch.vmap(gradient, (None, None, 0))(a, b, x)
     looped = [gradient(a, b, one) for one in x]
     torch.testing.assert_close(found, tuple(map(torch.stack, zip(*looped, strict=True))))
 

@@ -419,7 +419,10 @@ def test_strides_of_a_step(impl):
 
     y, end = iir_step(*map(strided, dense[:3]), IIRState(*map(strided, dense[3])), impl=impl)
     want_y, want = iir_step(*dense, impl=impl)
-    assert_all_equal((y, *end), (want_y, *want))
+    if impl == "cuda":  # other strides are other kernels there, which round otherwise
+        torch.testing.assert_close((y, *end), (want_y, *want))
+    else:
+        assert_all_equal((y, *end), (want_y, *want))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
@@ -462,7 +465,7 @@ def test_sosfilt_is_scipys(kernel, sections, shape):
     x, sos = SHAPES[shape](40).double(), make_sections(sections, torch.float64)
     y = sosfilt(x, sos, impl=kernel)
     assert y.shape == x.shape
-    torch.testing.assert_close(y, torch.from_numpy(signal.sosfilt(sos.numpy(), x.numpy())))
+    torch.testing.assert_close(y.cpu(), torch.from_numpy(signal.sosfilt(sos.cpu().numpy(), x.cpu().numpy())))
 
 
 def test_sosfilt_of_a_long_design(impl):
@@ -471,9 +474,10 @@ def test_sosfilt_of_a_long_design(impl):
     sos = signal.butter(8, [50, 200], "bandpass", fs=48_000, output="sos")
     torch.manual_seed(0)
     x = torch.randn(1, 2000 if impl == "reference" else 20_000, dtype=torch.float64)
-    y = sosfilt(x, torch.from_numpy(sos), impl=impl)
+    y = sosfilt(x, torch.tensor(sos), impl=impl)
     # scipy runs the transposed form, in the same precision: near z = 1 a rounding is 1e5 times amplified.
-    torch.testing.assert_close(y, torch.from_numpy(signal.sosfilt(sos, x.numpy())), rtol=1e-6, atol=1e-9)
+    expected = torch.from_numpy(signal.sosfilt(sos, x.cpu().numpy()))
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-6, atol=1e-9)
 
 
 def expected_cascade(x, sos, gy):
@@ -485,7 +489,9 @@ def expected_cascade(x, sos, gy):
     zeros = torch.zeros_like(x)
     eps = torch.finfo(x.dtype).eps
     responses = [
-        reference.iir_scan(torch.eye(x.shape[-1], dtype=torch.float64)[None], a.double(), b.double())[0].abs()
+        reference.iir_scan(torch.eye(x.shape[-1]).to(x.device).double()[None], a.double(), b.double())[
+            0
+        ].abs()
         for a, b in sections
     ]
 
@@ -532,7 +538,7 @@ def test_sosfilt_is_as_precise_as_its_sections(kernel, sections, dtype, shape):
     y = sosfilt(leaf, sos, impl=kernel)
     gx = torch.autograd.grad(y, leaf, gy)[0]
     with threads(1):
-        expected_y, expected_gx = expected_cascade(x, sos, gy)
+        expected_y, expected_gx = expected_cascade(x.cpu(), sos.cpu(), gy.cpu())
     assert_matches_reference(y, *expected_y, name="y")
     assert_matches_reference(gx, *expected_gx, name="gx")
     assert y.dtype == gx.dtype == dtype

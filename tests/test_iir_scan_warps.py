@@ -223,6 +223,24 @@ def test_a_nan_stays_in_its_chunk(layout):
         assert torch.equal(got[~hit], want[~hit])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("filters", [None, 3])
+def test_a_nan_in_a_cotangent_stays_in_its_chunk(filters, layout):
+    """With carry=False, of the gradient of x too, whose last samples in a chunk owe the next one nothing."""
+    x, a, b, gy = make_inputs(Size(1, 3, 600, 40), filters=filters)
+    state, gend = make_state(x, a), make_state(x, a, seed=2)
+    spoiled = gy.clone()
+    spoiled[..., 45] = float("nan")
+    hit = torch.zeros_like(x, dtype=torch.bool)
+    hit[..., 40:46] = True
+    for warps in (FULL, FEW):
+        options = {"chunk": 40, "carry": False}
+        got = run(warps, LAYOUTS[layout](x), a, b, LAYOUTS[layout](spoiled), state, gend, **options)["gx"]
+        want = run(warps, LAYOUTS[layout](x), a, b, LAYOUTS[layout](gy), state, gend, **options)["gx"]
+        assert torch.equal(got.isnan(), hit)
+        assert torch.equal(got[~hit], want[~hit])
+
+
 @pytest.mark.parametrize(("rows", "whole"), [(2000, True), (500, False)])
 def test_two_thousand_rows_are_walked_in_one_pass(rows, whole):
     """On a GPU of 132 multiprocessors, which 32 warps each fill. What is cut rounds otherwise."""

@@ -178,7 +178,7 @@ def test_reflections(impl):
 
 @pytest.mark.parametrize("D", [1, 2, 3])
 def test_numbers_and_small_matrices(D, impl):
-    m = torch.randn(200, D, D, generator=torch.Generator().manual_seed(D)).to(torch.get_default_device())
+    m = torch.randn(200, D, D, generator=torch.Generator(torch.get_default_device()).manual_seed(D))
     w = check(m, impl)
     if D == 1:
         assert torch.equal(w, m.sign())

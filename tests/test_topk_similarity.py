@@ -108,7 +108,7 @@ def test_the_default_is_ten_neighbors_and_products(impl):
 def test_ties_of_small_integers(impl, metric):
     """Exact in any order of summation: the choice is that of a stable sort."""
     for n, m, D, k in ((5, 40, 1, 7), (9, 300, 2, 20), (70, 90, 3, 90), (3, 2000, 2, 50)):
-        generator = torch.Generator().manual_seed(n)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(n)
         queries, keys, bias = (
             torch.randint(-2, 3, s, generator=generator).float() for s in ((n, D), (m, D), (m,))
         )
@@ -296,9 +296,8 @@ def test_gradcheck_of_csls(kernel, blocks, apart):
 def test_gradients_are_the_reference_s(impl, blocks, dtype, metric):
     """Which are autograd's, through the sums of the chosen pairs; each leaf has one in its own dtype."""
     leaves = leaves_of(metric, 12, 9, 5, dtype)
-    g = torch.randn(12, 4, generator=torch.Generator().manual_seed(2)).to(
-        torch.promote_types(dtype, torch.float32)
-    )
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
+    g = torch.randn(12, 4, generator=generator).to(torch.promote_types(dtype, torch.float32))
     found = torch.autograd.grad(values_of(topk_similarity, metric, 4, impl=impl)(*leaves), leaves, g)
     expected = torch.autograd.grad(values_of(reference.topk_similarity, metric, 4)(*leaves), leaves, g)
     for one, other, leaf in zip(found, expected, leaves, strict=True):

@@ -61,8 +61,8 @@ def transforms() -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for calls on x."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    device = x.device.type  # torch.amp.is_autocast_available cannot be traced before torch 2.12
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

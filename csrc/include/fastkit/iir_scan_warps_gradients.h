@@ -129,8 +129,9 @@ FASTKIT_UNROLL
           if (t == time - 2 && (p.carry || at + 1 < taps.chunk)) g += p.gend_x[state + 1];
         }
         if (numerator) {
-          if (t + 1 < time) g += owed<1>(row, taps, t, at) * ls[(t + 1) * l.time];
-          if (t + 2 < time) g += owed<2>(row, taps, t, at) * ls[(t + 2) * l.time];
+          const int left = p.carry ? time - t : left_in(taps, time, t, at);  // what comes later may be NaN
+          if (1 < left) g += owed<1>(row, taps, t, at) * ls[(t + 1) * l.time];
+          if (2 < left) g += owed<2>(row, taps, t, at) * ls[(t + 2) * l.time];
         }
         E& put = gx[t * p.gx.time];
         put = round_element<E>(adds ? g + widen_element<E>(put) : g);
@@ -147,11 +148,15 @@ FASTKIT_UNROLL
     }
   }
 
+  // Samples of a chunk from t on, which is `at` in it.
+  FASTKIT_DEVICE static int left_in(const Taps<E>& taps, int time, int t, int at) {
+    return time - t < taps.chunk - at ? time - t : static_cast<int>(taps.chunk) - at;
+  }
+
   // What sample t, `at` in its chunk, is multiplied with `lag` samples later.
   template <int lag>
   FASTKIT_DEVICE T owed(const Row<E>& row, const Taps<E>& taps, int t, int at) const {
     if (at < taps.chunk - lag) return lag == 1 ? taps.b1 : taps.b2;
-    if (!p.carry) return 0;
     Taps<E> later(p, row, filter);
     later.seek(t + lag);
     return lag == 1 ? later.b1 : later.b2;

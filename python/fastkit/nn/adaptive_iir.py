@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastkit import ops
+from fastkit._autograd import without_autocast
 
 Parameterization = Literal["sigmoid", "triangle", "polar", "l1", "raw"]
 
@@ -148,9 +148,7 @@ class AdaptiveIIR(nn.Module):
     def coefficients(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B|1, C, K, F, 2)
         """The (a1, a2) that ``forward`` filters x with; K is 1 where one filter runs through all of T."""
         chunks = -(-x.shape[1] // self.chunk)
-        device = x.device.type
-        autocasts = torch.amp.is_autocast_available(device)  # not on the meta device
-        with torch.autocast(device, enabled=False) if autocasts else nullcontext():
+        with without_autocast(x):
             if not self.adaptive:
                 a = self._activate(self.logits)[None, :, None]
                 return a if self.carry else a.expand(-1, -1, chunks, -1, -1)

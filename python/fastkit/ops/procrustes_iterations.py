@@ -83,7 +83,11 @@ def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, 
     ms = m[rest].double()
     check_finite(op, ms, len(m))
     u, s, vh = torch.linalg.svd(ms, full_matrices=False)
-    w[rest] = (u @ vh).to(w.dtype)
+    found = u @ vh
+    if m.is_cuda:  # by Jacobi's method, which leaves it less orthogonal than rounding would
+        gram = found.mT @ found
+        found = LAST.c0 * found + found @ (LAST.c1 * gram + LAST.c2 * gram @ gram)
+    w[rest] = found.to(w.dtype)
     singular[rest] = is_singular(s, m.shape, m.dtype)
     warn_of_singular(op, singular)
     return w, singular

@@ -75,6 +75,7 @@ def prune_rows_(lora_a: Tensor, input_norm: Tensor, ratio: float) -> Tensor:  # 
     """
     dtype = torch.float64 if lora_a.dtype == torch.float64 else torch.float32
     score = lora_a.detach().to(dtype).abs() * input_norm.to(dtype)
+    score.masked_fill_(score.isnan(), torch.nan)  # CUDA's sort looks at its bits
     pruned = score.argsort(dim=1, stable=True)[:, : math.floor(ratio * lora_a.shape[1])]
     mask = torch.ones_like(lora_a, dtype=torch.bool).scatter_(1, pruned, False)
     with torch.no_grad():

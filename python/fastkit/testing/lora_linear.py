@@ -71,7 +71,7 @@ def expected_results(inputs: Inputs) -> dict[str, Expected]:
     kept = a if mask is None else a.masked_fill(~mask, 0.0)
     x, weight, b, kept, gy = (t.double() for t in (x, weight, b, kept, gy))
     xl = x if lora_x is None else lora_x.double()
-    bias = torch.zeros(len(b), dtype=torch.float64) if bias is None else bias.double()
+    bias = x.new_zeros(len(b)) if bias is None else bias.double()
     N, O = gy.shape  # noqa: E741
     D, R = x.shape[1], b.shape[1]
 

@@ -12,7 +12,8 @@ from fastkit.testing import Expected
 
 def orthogonal(*shape: int, seed: int = 0) -> Tensor:
     """Random matrices with orthonormal columns, float64."""
-    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    noise = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(noise)[0]
 
 
@@ -40,8 +41,8 @@ def expected_factor(m: Tensor) -> Expected:  # (P, Q), P >= Q
     factor by at most 2 |E| / (the sum of the two least singular values) in norm; |E| is some eps of the
     largest singular value. It is spread over all elements.
     """
-    u, s, vh = torch.linalg.svd(m.detach().double(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(m.detach().cpu().double(), full_matrices=False)  # CUDA's is less precise
     eps = torch.finfo(torch.promote_types(m.dtype, torch.float32)).eps
     least = s[-2:].sum() / 2
-    budget = eps * (48 + s[0] / least / 4) if least > 0 else torch.tensor(torch.inf)
-    return Expected(u @ vh, budget.double().expand_as(m))
+    budget = eps * (48 + s[0] / least / 4) if least > 0 else s.new_tensor(torch.inf)
+    return Expected((u @ vh).to(m.device), budget.to(m.device).expand_as(m))

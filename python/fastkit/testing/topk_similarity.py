@@ -83,7 +83,7 @@ def assert_chosen(found: TopK, expected: Expected, k: int, *, least: bool = Fals
     if values.numel() == 0:
         return
     numbers = (~scores.isnan()).sum(1, keepdim=True)
-    chosen = torch.arange(k) < numbers
+    chosen = torch.arange(k, device=numbers.device) < numbers
     if not torch.equal(indices >= 0, chosen) or not torch.equal(values.isnan(), ~chosen):
         raise AssertionError("NaN and -1 must stand where a row has no number left, and nowhere else")
     if (indices >= scores.shape[1]).any():
@@ -100,7 +100,7 @@ def assert_chosen(found: TopK, expected: Expected, k: int, *, least: bool = Fals
         raise AssertionError("values: not in order")
     if (both & (later == earlier) & (indices[:, 1:] <= indices[:, :-1])).any():
         raise AssertionError("indices: of equal values the lower index must be first")
-    taken = torch.zeros(scores.shape, dtype=torch.int64).scatter_add_(1, at, chosen.long())
+    taken = torch.zeros_like(scores, dtype=torch.int64).scatter_add_(1, at, chosen.long())
     if (taken > 1).any():
         raise AssertionError("indices: a key is chosen twice")
     # A key that is left out may be better than one that is chosen only by the errors of both.
