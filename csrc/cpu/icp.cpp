@@ -19,7 +19,7 @@ namespace fastkit::FASTKIT_ISA {
 namespace {
 
 constexpr int kVectors = 2;
-constexpr int kTile = kVectorBytes == 64 ? 8 : 6;  // kTile kVectors sums, beside kVectors vectors, in registers
+constexpr int kTile = kManyRegisters ? 8 : 6;  // kTile kVectors sums, beside kVectors vectors, in registers
 template <class T>
 constexpr int kWide = kVectors * kLanes<T>;
 constexpr int64_t kBlockBytes = int64_t{1} << 17;  // of mapped rows that panels are led past
@@ -206,6 +206,8 @@ FASTKIT_INLINE bool any_greater(Vec<T> a, Vec<T> b) {
 #elif defined(FASTKIT_X86)
   if constexpr (IsSame<T, float>) return _mm_movemask_ps((__m128)(a > b)) != 0;
   if constexpr (IsSame<T, double>) return _mm_movemask_pd((__m128d)(a > b)) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)(a > b)) != 0;
 #else
   for (int i = 0; i < kLanes<T>; ++i) {
     if (a[i] > b[i]) return true;

@@ -53,6 +53,36 @@ FASTKIT_INLINE bool finite(Two<double> end, Vec<T> ends) {
   return zero == 0;
 }
 
+#ifdef __aarch64__
+// The sum of two doubles, the second what rounding to the first leaves. long double is a function call an operation
+// here, or no more than double.
+struct Pair {
+  double high = 0, low = 0;
+
+  FASTKIT_ALWAYS_INLINE Pair() {}
+  FASTKIT_ALWAYS_INLINE Pair(double value) : high(value) {}
+  FASTKIT_ALWAYS_INLINE Pair(double large, double small) : high(large + small), low(small - (high - large)) {}
+  FASTKIT_ALWAYS_INLINE explicit operator double() const { return high; }
+};
+FASTKIT_INLINE Pair operator-(Pair a) {
+  a.high = -a.high, a.low = -a.low;
+  return a;
+}
+FASTKIT_INLINE Pair operator+(Pair a, Pair b) {
+  const double sum = a.high + b.high, of_b = sum - a.high;
+  return {sum, (a.high - (sum - of_b)) + (b.high - of_b) + (a.low + b.low)};
+}
+FASTKIT_INLINE Pair operator-(Pair a, Pair b) { return a + -b; }
+FASTKIT_INLINE Pair operator*(Pair a, Pair b) {
+  double product = a.high * b.high;
+  asm("" : "+w"(product));  // rounded: not to be contracted with the sum that follows
+  return {product, __builtin_fma(a.high, b.high, -product) + (a.high * b.low + a.low * b.high)};
+}
+using BeyondDouble = Pair;
+#else
+using BeyondDouble = long double;
+#endif
+
 // What h is computed in. h of poles near 1 magnifies its own rounding as n^2.
 template <class T>
 struct PreciseOf {
@@ -60,7 +90,7 @@ struct PreciseOf {
 };
 template <>
 struct PreciseOf<double> {
-  using type = long double;
+  using type = BeyondDouble;
 };
 
 template <class E>
@@ -111,7 +141,7 @@ class Segments {
     c_ = taps, length_ = length;
     const Precise a1 = c_.a1, a2 = c_.a2;
     Precise response[2][kMost + 4], *const h = response[0] + 3, *const r = response[1] + 3;  // r[n] = h[n] - rho h[n-1]
-    h[-3] = h[-2] = h[-1] = r[-2] = r[-1] = 0, h[0] = r[0] = 1, h[1] = -a1, r[1] = -a1 / 2;
+    h[-3] = h[-2] = h[-1] = r[-2] = r[-1] = 0, h[0] = r[0] = 1, h[1] = -a1, r[1] = -a1 * 0.5;
     for (int n = 2; n < kLeast; ++n) {
       h[n] = -a1 * h[n - 1] - a2 * h[n - 2];
       r[n] = -a1 * r[n - 1] - a2 * r[n - 2];

@@ -29,8 +29,8 @@ constexpr int kSample = 16;
 constexpr int kVectors = 3;
 template <class T>
 constexpr int kWide = kVectors * kLanes<T>;
-template <class T>  // so that the sums of a tile, 12 or 24 vectors, leave registers for what they are made of
-constexpr int kRows = kLanes<T> < 4 ? kLanes<T> : kVectorBytes == 64 ? 8 : 4;
+template <class T>  // so that the sums of a tile, 12, 18 or 24 vectors, leave registers for what they are made of
+constexpr int kRows = kVectorBytes == 64 ? 8 : kManyRegisters ? 6 : kLanes<T> < 4 ? kLanes<T> : 4;
 
 FASTKIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -22,7 +22,7 @@ constexpr int kVectors = kVectorBytes == 64 ? 2 : 3;
 template <class T>
 constexpr int kWide = kVectors * kLanes<T>;
 template <class T>  // rows whose sums are in registers, beside one row of vectors; a divisor of kWide
-constexpr int kTile = kVectorBytes == 64 ? 8 : kWide<T> % 4 == 0 ? 4 : 3;
+constexpr int kTile = kVectorBytes == 64 ? 8 : kManyRegisters ? 6 : kWide<T> % 4 == 0 ? 4 : 3;
 template <class T>
 constexpr int kSquare = kWide<T> * kWide<T>;
 static_assert(kWide<float> % kTile<float> == 0 && kWide<double> % kTile<double> == 0);

@@ -13,6 +13,8 @@
 
 #ifdef FASTKIT_X86
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__) && !defined(FASTKIT_HALF_VECTORS)
@@ -31,6 +33,11 @@ inline namespace FASTKIT_WIDTH {  // two widths of one ISA are different functio
 
 inline constexpr int kVectorBytes = FASTKIT_VECTOR_BYTES;
 inline constexpr int kLineBytes = 64;
+#ifdef __aarch64__
+inline constexpr bool kManyRegisters = true;  // 32 of vectors, not 16
+#else
+inline constexpr bool kManyRegisters = kVectorBytes == 64;
+#endif
 
 template <class E>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Arithmetic<E>));
@@ -76,6 +83,8 @@ FASTKIT_INLINE Vec<float> widen(Halves h) {
     return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);  // plain, gcc 12 warns of what its own header does
 #elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
     return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+    return (Vec<float>)vcvt_f32_f16((float16x4_t)h);
 #else
     const Words w = __builtin_convertvector(h, Words);
     const Words magnitude = w & 0x7fff, sign = (w & 0x8000) << 16;
@@ -100,6 +109,8 @@ FASTKIT_INLINE Halves narrow(Vec<float> v) {
     return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
     return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return (Halves)vcvt_f16_f32((float32x4_t)v);
 #else
     const Words magnitude = w & 0x7fffffff, sign = (w >> 16) & 0x8000;
     const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -126,6 +137,9 @@ FASTKIT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
   if constexpr (IsSame<T, float>) return (Vec<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   if constexpr (IsSame<T, double>) return (Vec<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  if constexpr (IsSame<T, float>) return (Vec<T>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  if constexpr (IsSame<T, double>) return (Vec<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
 #endif
@@ -139,6 +153,9 @@ FASTKIT_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #elif defined(FASTKIT_X86) && FASTKIT_VECTOR_BYTES == 32
   if constexpr (IsSame<T, float>) return (Vec<T>)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
   if constexpr (IsSame<T, double>) return (Vec<T>)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  if constexpr (IsSame<T, float>) return (Vec<T>)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  if constexpr (IsSame<T, double>) return (Vec<T>)vfmsq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return c - a * b;
 #endif
@@ -160,6 +177,9 @@ FASTKIT_INLINE Vec<T> square_root(Vec<T> v) {
 #elif defined(FASTKIT_X86)
   if constexpr (IsSame<T, float>) return (Vec<T>)_mm_sqrt_ps((__m128)v);
   if constexpr (IsSame<T, double>) return (Vec<T>)_mm_sqrt_pd((__m128d)v);
+#elif defined(__aarch64__)
+  if constexpr (IsSame<T, float>) return (Vec<T>)vsqrtq_f32((float32x4_t)v);
+  if constexpr (IsSame<T, double>) return (Vec<T>)vsqrtq_f64((float64x2_t)v);
 #else
   for (int i = 0; i < kLanes<T>; ++i) v[i] = IsSame<T, float> ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]);
   return v;
@@ -168,14 +188,14 @@ FASTKIT_INLINE Vec<T> square_root(Vec<T> v) {
 
 // Of single numbers.
 FASTKIT_INLINE float fma_one(float a, float b, float c) {
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
 #endif
 }
 FASTKIT_INLINE double fma_one(double a, double b, double c) {
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
@@ -291,7 +311,7 @@ FASTKIT_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); 
 
 FASTKIT_INLINE bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; }
 
-// Within its scope subnormal numbers are zero (a decaying filter would otherwise live among them,
+// Within its scope subnormal numbers are zero on x86 (a decaying filter would otherwise live among them,
 // slowly), and at its end streamed stores are visible to other threads.
 class KernelScope {
  public:
@@ -318,6 +338,17 @@ class ExactScope {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  ExactScope() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    set(saved_ & ~(uint64_t{1} << 24));  // FZ
+  }
+  ~ExactScope() { set(saved_); }
+
+ private:
+  static void set(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+
+  uint64_t saved_;
 #else
   ExactScope() {}
 #endif

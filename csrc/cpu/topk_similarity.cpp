@@ -17,7 +17,7 @@ namespace fastkit::FASTKIT_ISA {
 namespace {
 
 constexpr int kVectors = 2;
-constexpr int kTile = kVectorBytes == 64 ? 8 : 6;  // kTile kVectors sums, and kVectors vectors of keys, in registers
+constexpr int kTile = kManyRegisters ? 8 : 6;  // kTile kVectors sums, and kVectors vectors of keys, in registers
 template <class E>
 constexpr int kWide = kVectors * kLanes<E>;
 static_assert(kTopKPadding % kWide<float> == 0 && kTopKPadding % kWide<double> == 0);
@@ -202,6 +202,9 @@ FASTKIT_INLINE uint64_t hits(Vec<T> v, Vec<T> threshold) {
 #elif defined(FASTKIT_X86)
   if constexpr (IsSame<T, float>) return _mm_movemask_ps((__m128)(v >= threshold));
   if constexpr (IsSame<T, double>) return _mm_movemask_pd((__m128d)(v >= threshold));
+#elif defined(__aarch64__)
+  if constexpr (IsSame<T, float>) return vaddvq_u32((uint32x4_t)(v >= threshold) & uint32x4_t{1, 2, 4, 8});
+  if constexpr (IsSame<T, double>) return vaddvq_u64((uint64x2_t)(v >= threshold) & uint64x2_t{1, 2});
 #else
   uint64_t bits = 0;
   for (int i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint64_t>(v[i] >= threshold[i]) << i;
