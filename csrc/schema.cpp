@@ -33,6 +33,9 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(fastkit, m) {
   // What the library was built from and for, and the instruction set that its CPU kernels use: JSON.
   m.def("build_info() -> str");
+  // The newest CUDA that this machine's driver runs, "13.0"; empty without a driver and in a CPU build. Not among the
+  // facts above, which are asked at import: it opens the driver's library.
+  m.def("cuda_driver_version() -> str");
 
   // Second-order recursive filters of each row of x (B,C,T), coefficients a (B|1,C|1,K,2), b (B|1,C|1,K,3) per chunk;
   // a bank (.., K,F,2|3) is summed. States y (B,C[,F],2) and x (B,C,2) before the first sample, newest first.
@@ -117,4 +120,7 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   m.def("format_vectors(Tensor vectors) -> (Tensor text, Tensor lengths)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkit, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("cuda_driver_version", TORCH_BOX(&fastkit::cuda_driver_version));
+}

@@ -120,7 +120,7 @@ def test_a_gpu_without_the_compiled_library_takes_triton(monkeypatch):
     assert _dispatch.choose("op", None, x, covered) == "cuda"
 
 
-NO_CUDA = "the library was built without CUDA (no nvcc found); rebuild with FASTKIT_CUDA=ON"
+NO_CUDA = f"the library was built without CUDA; {_native.BUILD_CUDA}"
 INSTEAD = "fastkit runs its slow reference implementations: "
 
 

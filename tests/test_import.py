@@ -1,10 +1,14 @@
 """Importing fastkit is cheap and does nothing else."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import fastkit
 
 pytestmark = pytest.mark.native
 
@@ -55,8 +59,19 @@ def test_import_does_not_touch_cuda(run_script):
         torch.cuda._lazy_init = torch._C._cuda_init = torch.cuda.current_device = refuse
         import fastkit.ops, fastkit.nn, fastkit.optim
         assert not torch.cuda.is_initialized()
+        from fastkit import _dispatch
+        assert _dispatch._ask_driver.cache_info().currsize == 0  # nor is the driver's library opened
         """)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_alone_does_not_need_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch was imported')")
+    path = os.pathsep.join([str(tmp_path), str(Path(fastkit.__file__).parents[1])])
+    script = "import fastkit, fastkit.info; print(fastkit.__version__)"
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == (f"{fastkit.__version__}\n", "")
 
 
 def test_import_costs_less_than_50_ms_over_torch(tmp_path):

@@ -1,8 +1,10 @@
-// A CPU build's answer to what cuda/device.cu tells.
+// A CPU build's answers to what cuda/device.cu tells.
 #include "fastkit/device.h"
 
 namespace fastkit {
 
 std::string cuda_version() { return ""; }
+
+std::string cuda_driver_version() { return ""; }
 
 }  // namespace fastkit

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
 
     info = commands.add_parser(
-        "info", help="what would run here, and why not the rest; exit code 1 if the library is not used"
+        "info",
+        help="what would run here, and why not the rest; exit code 1 if more could, with what to do",
     )
     info.add_argument("--json", action="store_true", help="the same for programs")
     info.set_defaults(run=_info)
@@ -75,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from fastkit import _native, info
+    from fastkit import info
 
     facts = info.report()
     print(json.dumps(facts, indent=2) if args.json else info.describe(facts))
-    return 0 if _native.REASON is None else 1
+    return 0 if facts["ok"] else 1
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -35,20 +35,22 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
     if impl not in kernels:
         return "this op has no such implementation"
     if impl == "cuda" and isinstance(kernels, InPyTorch):
-        return None if torch.cuda.is_available() else "no CUDA device"
+        return _no_device()
     if impl == "triton":
         if not _HAS_TRITON:
             return "triton is not installed; pip install 'fastkit[triton]'"
         if _interpreting():
             return None
-        return _missing_build_tool() if torch.cuda.is_available() else "no CUDA device"
+        return _no_device() or _missing_build_tool()
     if _native.REASON is not None:
         return _native.REASON
     if impl == "cuda":
         if _native.BUILD_INFO["cuda"] is None:
-            return "the library was built without CUDA (no nvcc found); rebuild with FASTKIT_CUDA=ON"
-        if not torch.cuda.is_available():
-            return "no CUDA device"
+            return f"the library was built without CUDA; {_native.BUILD_CUDA}"
+        reason, driver = _no_device(), cuda_driver()
+        if not driver:
+            return reason and "no CUDA device: there is no NVIDIA driver"
+        return reason or _driver_too_old(driver, "the library", _native.BUILD_INFO["cuda"])
     return None
 
 
@@ -105,12 +107,47 @@ def _why_not(impls: list[Impl], kernels: Kernels) -> str:
     return "; ".join(f'impl="{name}" cannot run: {unavailable(name, kernels)}' for name in impls)
 
 
+def _no_device() -> str | None:
+    """Why torch has no CUDA device, or None when it has one. Of a driver only a library with CUDA knows."""
+    if torch.cuda.is_available():
+        return None
+    driver = cuda_driver()
+    if not driver:
+        return "no CUDA device"
+    if torch.version.cuda is None:
+        return "torch was built without CUDA, and there is an NVIDIA driver; install a CUDA build of torch"
+    return _driver_too_old(driver, "torch", torch.version.cuda) or (
+        "no CUDA device, though there is an NVIDIA driver; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    )
+
+
+def _driver_too_old(driver: str, whose: str, cuda: str) -> str | None:
+    """A driver runs what was built with any CUDA of its own major version, or of an older one."""
+    if int(driver.split(".")[0]) >= int(cuda.split(".")[0]):
+        return None
+    return f"the driver is too old: it runs CUDA {driver}, {whose} has {cuda}; update the NVIDIA driver"
+
+
+def cuda_driver() -> str:
+    """The newest CUDA that the driver runs, as "13.0"; empty without one, and where no library can tell."""
+    return _ask_driver()
+
+
 def _missing_build_tool() -> str | None:
     return _search_build_tools()
 
 
-# As torch.compiler.assume_constant_result has it, which would import the compiler: files cannot be traced.
+# As torch.compiler.assume_constant_result has it, which would import the compiler: these cannot be traced.
+cuda_driver._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 _missing_build_tool._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@functools.cache
+def _ask_driver() -> str:
+    """Not at import: it opens the driver's library, if nothing has yet."""
+    if not _native.BUILD_INFO.get("cuda"):
+        return ""
+    return torch.ops.fastkit.cuda_driver_version()
 
 
 @functools.cache
