@@ -56,7 +56,7 @@ def differentiates(*tensors: Tensor | None) -> bool:
 
 def transforms() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_mode()
+    return torch._C._are_functorch_transforms_active() or forward_mode()  # pyright: ignore[reportPrivateUsage]
 
 
 def autocasts(x: Tensor) -> bool:
@@ -71,4 +71,4 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def forward_mode() -> bool:
-    return forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 
 from fastkit.bench import report
@@ -36,9 +36,9 @@ def measure(cases: Sequence[Case], settings: Settings, keep: Callable[[list[Row]
 
 
 @contextmanager
-def ended_in_order() -> Iterator[None]:
+def ended_in_order() -> Generator[None]:
     """SIGTERM as an exception, which ends the children too."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(143))
     try:
         yield
     finally:

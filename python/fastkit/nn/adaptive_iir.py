@@ -76,6 +76,9 @@ class AdaptiveIIR(nn.Module):
         torch.Size([2, 100, 64])
     """
 
+    mlp: nn.Sequential  # if adaptive
+    logits: nn.Parameter  # if not
+
     def __init__(
         self,
         channels: int,

@@ -79,6 +79,12 @@ class PRILoRALinear(nn.Module):
         128
     """
 
+    in_features: int
+    out_features: int
+    base_layer: nn.Module
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    square_sum: Tensor
     mask: Tensor
     input_square: Tensor
     folds: Tensor
@@ -339,7 +345,7 @@ def is_conv1d(base: nn.Module) -> bool:
 
 def is_product(base: nn.Module) -> bool:
     """Whether the layer is one of those that are a product with the weight that is its parameter."""
-    weight = base._parameters.get("weight")
+    weight = base._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
         return False
     return type(base) is nn.Linear or is_conv1d(base)
@@ -358,7 +364,7 @@ _library.define("count_once_(Tensor(a!) total, Tensor sum) -> ()", tags=(torch.T
 
 
 def _count_once_(total: Tensor, sum: Tensor) -> None:
-    if torch._C._current_graph_task_id() == -1:
+    if torch._C._current_graph_task_id() == -1:  # pyright: ignore[reportPrivateUsage]
         total.add_(sum)
 
 
@@ -370,4 +376,4 @@ def _(total: Tensor, sum: Tensor) -> None:
     pass
 
 
-count_ = torch.ops.fastkit.count_once_.default
+count_: Callable[[Tensor, Tensor], None] = torch.ops.fastkit.count_once_.default

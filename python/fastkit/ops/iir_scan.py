@@ -324,7 +324,7 @@ def _raised_state(op: str, x: Tensor, state: IIRState | None) -> IIRState | None
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"{op}: state must be an IIRState(y, x) or None, got {type(state).__name__}")
     for name, tensor in (("state.y", state[0]), ("state.x", state[1])):
-        if tensor is None:
+        if tensor is None:  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError(f"{op}: {name} must be a tensor, got None; pass state=None for zeros")
         check_tensors(op, **{name: tensor})
     y, _ = _raised(x, state[0], None)

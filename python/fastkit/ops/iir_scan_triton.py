@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,8 +59,8 @@ def _(
     )
 
 
-forward = torch.ops.fastkit_triton.iir_scan_fwd.default
-backward = torch.ops.fastkit_triton.iir_scan_bwd.default
+forward: Callable[..., Any] = torch.ops.fastkit_triton.iir_scan_fwd.default
+backward: Callable[..., Any] = torch.ops.fastkit_triton.iir_scan_bwd.default
 
 
 def absent(x: Tensor, a: Tensor, chunk: int | None, cu_seqlens: Tensor | None) -> str | None:

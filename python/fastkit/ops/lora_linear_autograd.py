@@ -83,7 +83,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the sums of squares, and h, which the backward takes."""
     y = x.new_zeros((x.shape[0], b.shape[0])) if weight is None else linear(x, weight, bias)
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
         y = (
             y.clone()
         )  # selective checkpointing keeps what linear gave, and takes it again: not to be added to

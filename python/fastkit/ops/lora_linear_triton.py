@@ -5,6 +5,9 @@ They have the signatures of the native ops in csrc/schema.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,6 +79,6 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-forward_ = torch.ops.fastkit_triton.lora_linear_fwd_.default
-backward_ = torch.ops.fastkit_triton.lora_linear_bwd_.default
-column_square_sums = torch.ops.fastkit_triton.column_square_sums.default
+forward_: Callable[..., Any] = torch.ops.fastkit_triton.lora_linear_fwd_.default
+backward_: Callable[..., Any] = torch.ops.fastkit_triton.lora_linear_bwd_.default
+column_square_sums: Callable[..., Any] = torch.ops.fastkit_triton.column_square_sums.default

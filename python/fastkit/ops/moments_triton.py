@@ -5,6 +5,9 @@ It has the signature of the native op in csrc/schema.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,4 +38,4 @@ def _(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-forward = torch.ops.fastkit_triton.moments_fwd.default
+forward: Callable[..., Any] = torch.ops.fastkit_triton.moments_fwd.default

@@ -8,7 +8,7 @@ them. On the CPU they are applied by csrc/cpu/procrustes.cpp.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -105,7 +105,7 @@ def warn_of_singular(op: str, singular: Tensor) -> None:
 
 
 @contextmanager
-def ieee_products(x: Tensor) -> Iterator[None]:
+def ieee_products(x: Tensor) -> Generator[None]:
     """Products of float32 in float32, whatever is allowed elsewhere (TF32, bfloat16)."""
     backend = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # pyright: ignore
     before = backend.fp32_precision

@@ -5,6 +5,9 @@ It has the signature of the native op in csrc/schema.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,7 @@ def _(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool) 
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
-forward = torch.ops.fastkit_triton.topk_similarity_fwd.default
+forward: Callable[..., Any] = torch.ops.fastkit_triton.topk_similarity_fwd.default
 
 
 def absent(k: int) -> str | None:

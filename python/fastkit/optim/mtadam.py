@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -295,7 +295,7 @@ class MTAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 losses = closure()
-            if losses is None and not self._pending.times:
+            if losses is None and not self._pending.times:  # pyright: ignore[reportUnnecessaryComparison]
                 raise ValueError("MTAdam.step: the closure must return the losses, got None")
         if getattr(self, "found_inf", None) is None:  # which GradScaler.step sets for its call
             return self._step(losses, ranks)
@@ -463,7 +463,7 @@ class MTAdam(torch.optim.Optimizer):
     # --- terms and their gradients
 
     @contextmanager
-    def _terms_of_step(self, names: list[str]) -> Iterator[None]:
+    def _terms_of_step(self, names: list[str]) -> Generator[None]:
         """The terms, where they are not known yet; and nothing waits in the end, unless it is folded."""
         unknown = self.terms is None
         try:

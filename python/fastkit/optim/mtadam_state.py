@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
@@ -52,16 +52,20 @@ class Bucket:
         self.indices = indices  # among all parameters of the optimizer
         self.params = params
         device = params[0].device
-        self.steps = torch.stack([state["step"].to(device) for state in states])
+        self.steps: Tensor = torch.stack([state["step"].to(device) for state in states])
         norms = [[state[f"grad_norm.{term}"].to(device) for term in terms] for state in states]
-        self.grad_norms = torch.stack([torch.stack(of_param) for of_param in norms])
+        self.grad_norms: Tensor = torch.stack([torch.stack(of_param) for of_param in norms])
         for state, step, of_param in zip(states, self.steps.unbind(), self.grad_norms.unbind(), strict=True):
             state["step"] = step
             for term, norm in zip(terms, of_param.unbind(), strict=True):
                 state[f"grad_norm.{term}"] = norm
-        self.exp_avgs = [local(state["exp_avg"]) for state in states]
-        self.exp_avg_sqs = [local(state[f"exp_avg_sq.{term}"]) for term in terms for state in states]
-        self.max_exp_avg_sqs = [local(state["max_exp_avg_sq"]) for state in states] if amsgrad else []
+        self.exp_avgs: list[Tensor] = [local(state["exp_avg"]) for state in states]
+        self.exp_avg_sqs: list[Tensor] = [
+            local(state[f"exp_avg_sq.{term}"]) for term in terms for state in states
+        ]
+        self.max_exp_avg_sqs: list[Tensor] = (
+            [local(state["max_exp_avg_sq"]) for state in states] if amsgrad else []
+        )
         self._entries = _entries(states)
         self._numbers = [entry for state in states for key, entry in state.items() if is_scalar(key)]
         self._addresses = list(map(Tensor.data_ptr, self._numbers))
@@ -98,19 +102,21 @@ class Part:
 
     def __init__(self, bucket: Bucket, rows: list[int]) -> None:
         n = len(bucket.params)
-        self.params = [bucket.params[row] for row in rows]
-        self.exp_avgs = [bucket.exp_avgs[row] for row in rows]
-        self.exp_avg_sqs = [
+        self.params: list[Tensor] = [bucket.params[row] for row in rows]
+        self.exp_avgs: list[Tensor] = [bucket.exp_avgs[row] for row in rows]
+        self.exp_avg_sqs: list[Tensor] = [
             bucket.exp_avg_sqs[begin + row] for begin in range(0, len(bucket.exp_avg_sqs), n) for row in rows
         ]
-        self.max_exp_avg_sqs = [bucket.max_exp_avg_sqs[row] for row in rows] if bucket.max_exp_avg_sqs else []
+        self.max_exp_avg_sqs: list[Tensor] = (
+            [bucket.max_exp_avg_sqs[row] for row in rows] if bucket.max_exp_avg_sqs else []
+        )
         index = bucket.index_of(rows)
-        self.grad_norms = bucket.grad_norms.index_select(0, index)
-        self.steps = bucket.steps.index_select(0, index)
+        self.grad_norms: Tensor = bucket.grad_norms.index_select(0, index)
+        self.steps: Tensor = bucket.steps.index_select(0, index)
 
 
 @contextmanager
-def rows_of(bucket: Bucket, rows: list[int] | None) -> Iterator[Bucket | Part]:
+def rows_of(bucket: Bucket, rows: list[int] | None) -> Generator[Bucket | Part]:
     """The bucket, or its rows; numbers that are written go back to it."""
     if rows is None or len(rows) == len(bucket.params):
         yield bucket

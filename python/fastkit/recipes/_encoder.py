@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +133,7 @@ def write_random(folder: Path, texts: Sequence[str]) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Without transformers' bars, its notes that a head is new, and what it deprecates for peft."""
     from transformers.utils import logging as hf
 
@@ -151,7 +151,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _refused(source: str, wanted: str) -> Iterator[None]:
+def _refused(source: str, wanted: str) -> Generator[None]:
     try:
         yield
     except Exception as error:  # of a dozen kinds, from transformers, safetensors, tokenizers and the Hub

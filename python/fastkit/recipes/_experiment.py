@@ -23,7 +23,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,7 +79,7 @@ def _seed(text: str) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Generator[None]:
     """torch's generators seeded inside, and afterwards as they were before.
 
     Recipes draw from nothing else: numpy and scikit-learn are given a generator or a seed of their own.
@@ -92,7 +92,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Generator[None]:
     """On a GPU, algorithms alone that give the same bits each time; on the CPU, all of torch's do."""
     if device.type == "cpu":
         yield

@@ -50,9 +50,9 @@ class Stepper:
         ranks: Sequence[float] | None = None,
     ) -> None:
         self.arm = arm
-        self.weights = dict(weights) if arm.weighted else dict.fromkeys(weights, 1.0)
-        self.lr = lr * len(weights) ** arm.power
-        self.params = list(model.parameters())
+        self.weights: dict[str, float] = dict(weights) if arm.weighted else dict.fromkeys(weights, 1.0)
+        self.lr: float = lr * len(weights) ** arm.power
+        self.params: list[nn.Parameter] = list(model.parameters())
         self.optimizer: torch.optim.Optimizer
         if arm.how == "mtadam":
             self.optimizer = MTAdam(self.params, self.lr, terms=list(weights), ranks=ranks)

@@ -25,7 +25,7 @@ class Model(nn.Module):
 
     def __init__(self, height: int, width: int, classes: int) -> None:
         super().__init__()
-        self.config = {"height": height, "width": width, "classes": classes}
+        self.config: dict[str, int] = {"height": height, "width": width, "classes": classes}
 
     def losses(self, x: Tensor, y: Tensor) -> Losses:
         """The terms of a batch, without weights."""

@@ -57,7 +57,7 @@ class Adapted:
         arm = ARMS[name]
         self.name = name
         self.handle: PRILoRA | None = None
-        self.model = model
+        self.model: nn.Module = model
         if arm.how == "peft":
             self.model = with_peft(model, config)
         elif arm.how == "prilora":

@@ -204,6 +204,8 @@ def _read_header(path: Path, lines: Iterator[tuple[int, str]]) -> list[str]:
                 raise Refusal(f"{path}: @timeStamps must be false, got true; leave the times out")
             case "@classlabel", ["true"]:
                 classes = values[1:]
+            case _:
+                pass
         if not line.startswith("@"):
             raise Refusal(f"{path}, line {number} must be a tag, or come after @data, got {line[:40]!r}")
     raise Refusal(f"{path} must have @classLabel true with the classes, and then @data, got no such lines")

@@ -70,13 +70,13 @@ class SequenceClassifier(nn.Module):
         parameterization: Parameterization = "triangle",
     ) -> None:
         super().__init__()
-        self.config = {
+        self.config: dict[str, Any] = {
             "inputs": inputs, "classes": classes, "filter": filter, "kernel": kernel, "channels": channels,
             "layers": layers, "chunk": chunk, "parameterization": parameterization,
         }  # fmt: skip
         self.kernel = kernel
-        self.embedding = nn.Linear(inputs * kernel, channels)
-        self.filters = nn.ModuleList(
+        self.embedding: nn.Linear = nn.Linear(inputs * kernel, channels)
+        self.filters: nn.ModuleList = nn.ModuleList(
             nn.Identity()
             if filter == "none"
             else AdaptiveIIR(
@@ -84,7 +84,7 @@ class SequenceClassifier(nn.Module):
             )
             for _ in range(layers)
         )
-        self.mlps = nn.ModuleList(
+        self.mlps: nn.ModuleList = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(channels),
                 nn.Linear(channels, 2 * channels),
@@ -93,7 +93,7 @@ class SequenceClassifier(nn.Module):
             )
             for _ in range(layers)
         )
-        self.head = nn.Linear(channels, classes)
+        self.head: nn.Linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # (B, T, C), (B,) -> (B, classes)
         inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
@@ -191,14 +191,17 @@ class Training:
         epochs: int,
         batch: int,
     ) -> None:
-        self.model, self.train, self.held_out, self.batch = model, train, held_out, batch
+        self.model: SequenceClassifier = model
+        self.train: Samples = train
+        self.held_out: Samples = held_out
+        self.batch: int = batch
         self.classes = classes
-        self.steps = max(1, len(train.y) // batch)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+        self.steps: int = max(1, len(train.y) // batch)
+        self.optimizer: torch.optim.AdamW = torch.optim.AdamW(model.parameters(), lr)
+        self.schedule: torch.optim.lr_scheduler.OneCycleLR = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lr, total_steps=epochs * self.steps
         )
-        self.parts = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
 
     def advance(self) -> dict[str, float]:
         order = torch.randperm(len(self.train.y))

@@ -56,9 +56,12 @@ class Training:
         self, task: TaskName, model: Model, stepper: Stepper, train: Tensors, test: Tensors, *, batch: int
     ) -> None:
         self.task: TaskName = task
-        self.model, self.stepper, self.batch = model, stepper, batch
-        self.train, self.test = train, test
-        self.parts = {"model": model, "optimizer": stepper.optimizer}
+        self.model: Model = model
+        self.stepper: Stepper = stepper
+        self.batch: int = batch
+        self.train: Tensors = train
+        self.test: Tensors = test
+        self.parts: dict[str, Any] = {"model": model, "optimizer": stepper.optimizer}
 
     def advance(self) -> dict[str, float]:
         lengths = []

@@ -24,7 +24,7 @@ from fastkit.recipes._encoder import Encoder, encoder, write_random
 from fastkit.recipes._encoder import facts as encoder_facts
 from fastkit.recipes._experiment import Run, add_device, deterministic, device_of, seeded
 from fastkit.recipes._figures import Row, paired
-from fastkit.recipes._glue import METRICS, Task
+from fastkit.recipes._glue import METRICS, Array, Metric, Task
 from fastkit.recipes._prilora_arms import ARMS, Adapted, load_classifier, prilora_config
 from fastkit.recipes._tokens import HeldOut, Tokens
 
@@ -56,20 +56,25 @@ class Training:
     def __init__(
         self, adapted: Adapted, data: Data, *, seed: int, config: Mapping[str, Any], device: torch.device
     ) -> None:
-        self.adapted, self.data, self.device = adapted, data, device
-        self.every, self.steps = config["every"], config["steps"]
-        self.model = adapted.model.to(device)
-        self.batches = _tokens.plan(data.train.lengths, config["tokens"], self.steps, seed)
+        self.adapted: Adapted = adapted
+        self.data: Data = data
+        self.device: torch.device = device
+        self.every: int = config["every"]
+        self.steps: int = config["steps"]
+        self.model: torch.nn.Module = adapted.model.to(device)
+        self.batches: list[Array] = _tokens.plan(data.train.lengths, config["tokens"], self.steps, seed)
         lr = config["full_lr" if ARMS[adapted.name].how == "full" else "lr"]
-        self.optimizer = torch.optim.AdamW(adapted.trained, lr, weight_decay=config["weight_decay"])
+        self.optimizer: torch.optim.AdamW = torch.optim.AdamW(
+            adapted.trained, lr, weight_decay=config["weight_decay"]
+        )
         warm_up = max(1, round(config["warmup"] * self.steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda step: min((step + 1) / warm_up, (self.steps - step) / max(1, self.steps - warm_up + 1)),
         )
-        self.done = _Count()
+        self.done: _Count = _Count()
         self.schedule = schedule
-        self.parts = {
+        self.parts: dict[str, Any] = {
             "trained": adapted.state, "optimizer": self.optimizer, "schedule": schedule, "done": self.done
         }  # fmt: skip
         torch.manual_seed(seed)
@@ -110,7 +115,7 @@ class Training:
 class _Count:
     """Steps that are done, as a part of a checkpoint."""
 
-    count = 0
+    count: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count}
@@ -141,8 +146,8 @@ class Data:
             name: _tokens.held_out(_tokens.tokenised(encoder.tokenizer, part, longest), limit, device)
             for name, part in task.held_out.items()
         }
-        self.metric = METRICS[task.kind]
-        self.classes = task.classes
+        self.metric: Metric = METRICS[task.kind]
+        self.classes: list[str] = task.classes
         self.source = source
 
 

@@ -9,7 +9,7 @@ import argparse
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,7 @@ KS = (1, 5, 10)
 _QUICK = {"restarts": 8, "epochs": 30, "halvings": (20,)}  # of all arms with restarts
 _BLOCK = 4096  # words that are translated at a time
 
-load_model = WordTranslator.load
+load_model: Callable[..., WordTranslator] = WordTranslator.load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

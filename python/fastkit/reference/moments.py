@@ -72,7 +72,7 @@ def _may_look_at(count: Tensor) -> bool:
         type(count) is Tensor
         and count.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
     )
 
 

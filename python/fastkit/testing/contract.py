@@ -229,7 +229,7 @@ def _stack(entries: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 def _check_compile(mode: Mode, impl: Impl) -> None:
     """One graph forward and one backward, with the results of the reference."""
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]
     compiled = torch.compile(mode.function(impl), backend="aot_eager", fullgraph=True)
     leaves, expected = _leaves(mode), mode.function(None)
     _assert_near(compiled(*leaves), expected(*leaves), torch.float64)

@@ -1,5 +1,8 @@
 """What is compiled of the Triton kernels of lora_linear without a GPU."""
 
+# pyright: reportPrivateUsage=false
+# the tiles that the kernels are launched with
+
 from __future__ import annotations
 
 from typing import Any

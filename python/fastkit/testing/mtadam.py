@@ -18,7 +18,9 @@ from fastkit.testing import Expected, assert_matches_reference
 SIZES = 1.0, 300.0, 0.02, 7.0, 1e-3
 
 # The defaults, nearly: float32 has these, and 1 - beta. A rounded constant takes all elements the same way.
-BETAS = tuple(torch.tensor([0.9, 0.999, 0.9], dtype=torch.float32, device="cpu").tolist())
+BETAS: tuple[float, float, float] = tuple(
+    torch.tensor([0.9, 0.999, 0.9], dtype=torch.float32, device="cpu").tolist()
+)
 LR = 2.0**-7
 
 SUM_ROUNDINGS = 132  # what ``mtadam_square_sums`` promises of a sum, in halves of eps

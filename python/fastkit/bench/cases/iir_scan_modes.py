@@ -93,7 +93,7 @@ class _Shared(_Mode):
 class Fixed(_Shared):
     filters = "fixed"
     count = 1
-    bytes = 8, 24
+    bytes: ClassVar[tuple[int, int]] = 8, 24
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
@@ -162,7 +162,7 @@ class Sections(_Shared):
     op = "sosfilt"
     filters = "S=4"
     count = 4
-    bytes = 8, 20  # what is between the sections is computed again, and so is y
+    bytes: ClassVar[tuple[int, int]] = 8, 20  # what is between the sections is computed again, and so is y
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
@@ -202,7 +202,7 @@ def _sos(a: Tensor, b: Tensor) -> Tensor:
 class TimeVarying(_Mode):
     filters = "chunk 1"
     longest_chunk = 1
-    bytes = 28, 80
+    bytes: ClassVar[tuple[int, int]] = 28, 80
 
     def coefficients(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Of runs of samples with one angle of the poles and radii a little apart: they stay stable."""
@@ -228,8 +228,8 @@ class TimeVarying(_Mode):
 class Bank(_Mode):
     filters = "F=4"
     longest_chunk = 128
-    bytes = 8, 20  # y of each filter is computed again
-    yardsticks = frozenset({"1 filter"})
+    bytes: ClassVar[tuple[int, int]] = 8, 20  # y of each filter is computed again
+    yardsticks: ClassVar[frozenset[str]] = frozenset({"1 filter"})
 
     def coefficients(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         B, C, T = self.size

@@ -1,6 +1,6 @@
 """A step of MTAdam on given gradients, beside the same in PyTorch's foreach ops and beside steps of Adam."""
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 # torch._foreach_*: what torch.optim itself is made of
 
 from __future__ import annotations

@@ -80,9 +80,9 @@ class MTAdamTrainer(Trainer):
             raise ValueError("MTAdamTrainer: terms must name the losses, got None; pass terms=[...]")
         if given is not None:
             terms = _terms_of(given, terms, mtadam)
-        self.terms = tuple(terms or ())
+        self.terms: tuple[str, ...] = tuple(terms or ())
         self.losses = losses
-        self.mtadam = dict(mtadam or {})
+        self.mtadam: dict[str, Any] = dict(mtadam or {})
         self._sums: Tensor | None = None  # of each term since the last log
         self._since = 0  # the step of that log
         # of each term that an evaluation has met: the loss times the examples, and how many they are
@@ -210,7 +210,10 @@ class MTAdamTrainer(Trainer):
                 "decoupled_weight_decay": True,
                 "terms": list(self.terms),
             }
-            self.optimizer_cls_and_kwargs = (MTAdam, {**options, **self.mtadam})
+            self.optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = (
+                MTAdam,
+                {**options, **self.mtadam},
+            )
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if self._mtadam().mode == "streaming" and args.gradient_accumulation_steps > 1:
             raise ValueError(

@@ -64,9 +64,9 @@ class PRILoRACallback(TrainerCallback):
                 f" {type(prilora).__name__}"
             )
         given = None if isinstance(prilora, PRILoRAConfig) else prilora
-        self.config = prilora if isinstance(prilora, PRILoRAConfig) else None
+        self.config: PRILoRAConfig | None = prilora if isinstance(prilora, PRILoRAConfig) else None
         self.prilora: PRILoRA | AttachedPRILoRA | None = given
-        self.resume_from = None if resume_from is None else Path(resume_from)
+        self.resume_from: Path | None = None if resume_from is None else Path(resume_from)
         self._staged: int | None = None  # the step of which a state waits for its checkpoint
         self._steps = 0  # of the optimizer, as the Trainer counts them
         self._warned = False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastkit import ops
 from fastkit._autograd import transforms
@@ -87,11 +88,11 @@ class AttachedLayer:
         self.beta = beta
         self.statistic = True
         a = self.lora_a
-        self.mask = torch.ones_like(a, dtype=torch.bool)
-        self.input_square = torch.zeros(a.shape[1], device=a.device)
-        self.square_sum = torch.zeros(a.shape[1], device=a.device)
-        self.folds = torch.zeros((), dtype=torch.int64, device=a.device)
-        self.handle = module.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.mask: Tensor = torch.ones_like(a, dtype=torch.bool)
+        self.input_square: Tensor = torch.zeros(a.shape[1], device=a.device)
+        self.square_sum: Tensor = torch.zeros(a.shape[1], device=a.device)
+        self.folds: Tensor = torch.zeros((), dtype=torch.int64, device=a.device)
+        self.handle: RemovableHandle = module.register_forward_pre_hook(self.count, with_kwargs=True)
 
     @property
     def lora_a(self) -> nn.Parameter:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -113,7 +114,7 @@ def save_pretrained(prilora: PRILoRA, folder: str | Path, *, uniform: bool = Fal
     rest = {n: t for n, t in state["tensors"].items() if n.endswith((".mask", ".input_square", ".folds"))}
     rest = {n: t for n, t in rest.items() if n.rpartition(".")[0] in prilora.layers}
     folder = Path(folder)
-    written = {
+    written: dict[str, Callable[[Path], object]] = {
         TENSORS: lambda path: write_tensors(path, tensors, {"format": "pt"}),
         STATE: lambda path: write_state(path, {**state, "tensors": rest}),
         OURS: lambda path: write_json(path, {**facts, "digests": _digests(path.parent)}),

@@ -89,7 +89,7 @@ class PRILoRA(Handle):
         *,
         automatic: bool = True,
     ) -> None:
-        self.modules_to_save = list(modules_to_save)
+        self.modules_to_save: list[str] = list(modules_to_save)
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         layers: dict[str, PRILoRALinear] = {}
         try:

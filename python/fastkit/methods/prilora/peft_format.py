@@ -17,7 +17,7 @@ from fastkit.methods.prilora.ranks import is_named
 PREFIX = "base_model.model."
 # The ends of a model's class for each task of PEFT, and what PEFT then trains beside the adapters, whether or
 # not the file names it.
-TASKS = {
+TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "SEQ_CLS": (("ForSequenceClassification",), ("classifier", "score")),
     "TOKEN_CLS": (("ForTokenClassification",), ("classifier", "score")),
     "QUESTION_ANS": (("ForQuestionAnswering",), ("qa_outputs",)),

@@ -48,7 +48,7 @@ class PrunedAdapters:
 
     def __init__(self, layers: Mapping[str, Adapter], config: PRILoRAConfig, automatic: bool) -> None:
         self.config = config
-        self.layers = dict(layers)
+        self.layers: dict[str, Adapter] = dict(layers)
         self.events: list[int] = []
         self._counts = dict.fromkeys(self.layers, 0)
         self._statistic = Statistic(self.layers, config.ratio > 0 and config.importance == "input")
@@ -246,4 +246,4 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for serial in sorted(_watching.keys()):  # in the order of creation, alike on all ranks
         adapters = _watching.get(serial)
         if adapters is not None:
-            adapters._after(optimizer)
+            adapters._after(optimizer)  # pyright: ignore[reportPrivateUsage]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{path} must have a state and facts, got others")
     ranks = state.get("ranks")
     layers = set(ranks) if isinstance(ranks, dict) else set()
-    for key, is_right, what in (
+    checks: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         ("config", lambda v: isinstance(v, dict), "an object"),
         ("ranks", lambda v: _is_of(v, layers, _counts), "ranks of layers"),
         ("scales", lambda v: _is_of(v, layers, _scales), "scales of the same layers"),
@@ -42,7 +42,8 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ("owners", lambda v: isinstance(v, dict) and {*v, *v.values()} <= layers, "names of these layers"),
         ("events", lambda v: isinstance(v, list) and all(map(_counts, v)), "a list of steps"),
         ("steps", _counts, "a number of steps"),
-    ):
+    )
+    for key, is_right, what in checks:
         try:
             right = is_right(state.get(key))
         except TypeError:  # values that cannot be in a set

@@ -129,4 +129,4 @@ def _fold_(layers: list[Counted], sums: Tensor, segments: Tensor) -> None:
 
 
 def _copy_(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(to), list(of))  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_copy_(list(to), list(of))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]

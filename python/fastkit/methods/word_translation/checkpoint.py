@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,14 @@ class Stages:
         return state
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Generator[None]:
         """Of what is no stage: it is done again each time."""
         start = time.perf_counter()
         yield
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def _bar(self, name: str, steps: int, done: int) -> Iterator[Callable[[], object]]:
+    def _bar(self, name: str, steps: int, done: int) -> Generator[Callable[[], object]]:
         tqdm = _tqdm(self._progress)
         if tqdm is None:
             yield lambda: None

@@ -305,7 +305,7 @@ class WordTranslator:
         self.restart_mutual_ = none if restarts is None else restarts.mutual[:count]
         self.restart_epochs_ = none if restarts is None else restarts.epochs[:count]
         self.restart_seeds_ = none if restarts is None else restarts.seeds[:count]
-        self.restart_nearest_ = none if restarts is None else restarts.nearest_target[:count].int()
+        self.restart_nearest_: Tensor = none if restarts is None else restarts.nearest_target[:count].int()
         self.penalty_ = charged
         self.timings_ = stages.timings
         self._keep(settings, (sources, targets))
@@ -494,7 +494,7 @@ class WordTranslator:
                 setattr(translator, name, tensors[name])
         translator.penalty_ = tensors.get("penalty_")
         translator.candidates_ = candidates
-        if translator.control_score_ is None:
+        if translator.control_score_ is None:  # pyright: ignore[reportUnnecessaryComparison]
             translator.control_score_ = math.nan
         both = (tensors["sources"], tensors["targets"]) if "sources" in tensors else None
         translator._keep(settings, both)

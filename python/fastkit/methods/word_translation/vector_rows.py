@@ -36,7 +36,8 @@ class Some:
     """How many words have a fault, and the first of them."""
 
     def __init__(self) -> None:
-        self.count, self.words = 0, list[str]()
+        self.count: int = 0
+        self.words: list[str] = []
 
     def add(self, word: str) -> None:
         self.count += 1
@@ -55,7 +56,8 @@ class KeptRows:
     """
 
     def __init__(self, rules: Rules, columns: int, capacity: int) -> None:
-        self.rules, self.columns = rules, columns
+        self.rules: Rules = rules
+        self.columns: int = columns
         self.words: list[str] = []
         self.notes: list[str] = []  # what the user is to be warned of
         self._not_finite, self._zero, self._same, self._lowered = Some(), Some(), Some(), Some()
