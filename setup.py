@@ -1,68 +1,36 @@
-"""Drives CMake, and decides what the build needs on this machine; all other metadata is in pyproject.toml."""
+"""Drives CMake, where there is a native library to build; all other metadata is in pyproject.toml."""
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
+from build_backend import ROOT, find_torch, wants_host_tests, why_pure
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "python" / "fastkit"
-CMAKE_MINIMUM = (3, 22)
-
-
-def find_torch() -> Path | None:
-    """The torch package to build against, found without importing it: also from pip's isolated build."""
-    if root := os.environ.get("FASTKIT_TORCH_ROOT"):
-        return Path(root)
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).parent
-    folders = [Path(sysconfig.get_path("platlib"))]
-    if environment := os.environ.get("VIRTUAL_ENV"):
-        folders += Path(environment).glob("lib/python*/site-packages")
-    return next((f / "torch" for f in folders if (f / "torch" / "include").is_dir()), None)
-
-
-def pinned(package: str) -> str:
-    """``package==version`` as constraints.txt has it."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return next(line.split()[0] for line in lines if line.startswith(f"{package}=="))
-
-
-def build_requirements() -> list[str]:
-    """What this machine lacks; a torch that is already there is never downloaded again."""
-    missing = []
-    if find_torch() is None:
-        missing += [pinned("torch"), "numpy"]
-    if shutil.which("ninja") is None:
-        missing.append("ninja")
-    if cmake_version() < CMAKE_MINIMUM:
-        missing.append("cmake>=" + ".".join(map(str, CMAKE_MINIMUM)))
-    return missing
-
-
-def cmake_version() -> tuple[int, ...]:
-    if shutil.which("cmake") is None:
-        return (0, 0)
-    text = subprocess.run(["cmake", "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"(\d+)\.(\d+)", text)
-    return tuple(map(int, match.groups())) if match else (0, 0)
 
 
 def version() -> str:
     match = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())
     assert match is not None
     return match[1]
+
+
+def source_date() -> str:
+    """When the last commit was made; where there is no repository, the first second that a wheel can have."""
+    command = ["git", "-C", ROOT, "log", "-1", "--format=%ct"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+    return "315532800"
 
 
 class BuildNative(build_ext):
@@ -79,7 +47,8 @@ class BuildNative(build_ext):
             "FASTKIT_TORCH_ROOT": torch_root.resolve(),
             "FASTKIT_VERSION": version(),
             "FASTKIT_CUDA": os.environ.get("FASTKIT_CUDA", "AUTO"),
-            "FASTKIT_HOST_TESTS": "ON" if self.wants_host_tests() else "OFF",
+            "FASTKIT_HOST_TESTS": "ON" if wants_host_tests(self.editable_mode) else "OFF",
+            "FASTKIT_SYMBOLS": "ON" if self.editable_mode else "OFF",
         }
         if archs := os.environ.get("FASTKIT_CUDA_ARCHS"):
             options["FASTKIT_CUDA_ARCHS"] = archs
@@ -87,7 +56,8 @@ class BuildNative(build_ext):
         tools = [
             os.environ.get(name) for name in ("CC", "CXX", "CUDACXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
         ]
-        facts = (sorted(options.items()), sys.executable, tools, shutil.which("nvcc"))
+        python = sys.executable if options["FASTKIT_HOST_TESTS"] == "ON" else None  # of no matter to the rest
+        facts = (sorted(options.items()), python, tools, shutil.which("nvcc"))
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         folder = ROOT / "build" / f"cmake-{key}"
         options["FASTKIT_OUTPUT_DIR"] = folder / "fastkit"
@@ -110,10 +80,6 @@ class BuildNative(build_ext):
             (package / library.name).unlink(missing_ok=True)
             shutil.copy2(library, package / library.name)
 
-    def wants_host_tests(self) -> bool:
-        wanted = os.environ.get("FASTKIT_HOST_TESTS", "1" if self.editable_mode else "0") == "1"
-        return wanted and Path(sysconfig.get_path("include"), "Python.h").is_file()
-
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
@@ -124,18 +90,23 @@ class CleanPython(build_py):
     def run(self) -> None:
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / "fastkit", ignore_errors=True)
+        if (reason := why_pure()) is not None:
+            print(f"fastkit: a pure-Python build, without the native library: {reason}", flush=True)
+            if self.editable_mode:  # where an earlier build has left it beside the modules
+                for library in PACKAGE.glob("*.so"):
+                    library.unlink()
         super().run()
 
 
 class PlatformWheel(bdist_wheel):
-    """The library has no Python in it: one wheel for every Python 3 of a platform."""
+    """The library has no Python in it: one wheel for every Python 3 of a platform; without it, of all."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
 
 
+os.environ.setdefault("SOURCE_DATE_EPOCH", source_date())  # of the files in a wheel
 setup(
-    ext_modules=[Extension("fastkit._C", sources=[])],
+    ext_modules=[] if why_pure() else [Extension("fastkit._C", sources=[])],
     cmdclass={"build_py": CleanPython, "build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-    setup_requires=build_requirements(),
 )

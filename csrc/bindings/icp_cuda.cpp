@@ -25,7 +25,7 @@ constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;  // that an int32_t counts
 Tensor dense(const char* name, const Tensor& t, const Tensor& like, ScalarType dtype,
              std::initializer_list<int64_t> shape) {
   bool fits = t.is_cuda() && t.get_device_index() == like.get_device_index() && t.scalar_type() == dtype &&
-              t.layout() == torch::headeronly::Layout::Strided && t.dim() == static_cast<int64_t>(shape.size());
+              is_strided(t) && t.dim() == static_cast<int64_t>(shape.size());
   int64_t axis = 0;
   for (int64_t size : shape) fits = fits && t.size(axis++) == size;
   FASTKIT_CHECK(fits, "icp_epoch: ", name,

@@ -251,7 +251,7 @@ struct Expected {
   void check(const char* name, int64_t i, const Tensor& t, ScalarType dtype) const {
     FASTKIT_CHECK(t.is_cpu() == on_cpu && (on_cpu || t.get_device_index() == device), op, ": ", name, "[", i,
                   "] must be on the device of the others");
-    FASTKIT_CHECK(t.layout() == torch::headeronly::Layout::Strided && t.scalar_type() == dtype, op, ": ", name, "[", i,
+    FASTKIT_CHECK(is_strided(t) && t.scalar_type() == dtype, op, ": ", name, "[", i,
                   "] must be dense and have the dtype of the others; state is float32, for float64 it is float64");
   }
   void check_state(const char* name, int64_t i, const Tensor& t, const Tensor& like) const {

@@ -2,7 +2,18 @@
 // op's own terms; here only what memory safety needs, for callers of the raw op.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #define FASTKIT_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+namespace fastkit {
+
+// Neither sparse nor of another library. Tensor::layout() is not in the headers of torch 2.10.
+inline bool is_strided(const torch::stable::Tensor& t) {
+  int32_t layout = -1;
+  return aoti_torch_get_layout(t.get(), &layout) == AOTI_TORCH_SUCCESS && layout == aoti_torch_layout_strided();
+}
+
+}  // namespace fastkit

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastkit.optim import MTAdam
 
 warnings.simplefilter("error", UserWarning)
+warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch 2.10's own modules
 folder, cases = {folder!r}, {cases!r}
 TERMS = ["left", "right", "size"]
 
