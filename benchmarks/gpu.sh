@@ -98,6 +98,7 @@ command -v nvcc >/dev/null && cuda=ON
 export FASTKIT_CUDA=$cuda FASTKIT_CUDA_ARCHS=$arch FASTKIT_HOST_TESTS=0
 
 # What setup.py does, where pip or ninja cannot: not installed, but found through PYTHONPATH.
+# shellcheck disable=SC2329 # called by name, in a shell of its own
 build_with_cmake() {
   local torch_root generator="Unix Makefiles"
   command -v ninja >/dev/null && generator=Ninja
@@ -109,6 +110,7 @@ build_with_cmake() {
 }
 
 # Without cmake: the CPU kernels for plain x86-64 alone, which no GPU step times.
+# shellcheck disable=SC2329 # likewise
 build_by_hand() {
   local torch_root objects=() jobs=() source code=0 number=${arch%-real}
   torch_root=$("$python" -c "import torch, pathlib; print(pathlib.Path(torch.__file__).resolve().parent)")
@@ -148,6 +150,7 @@ build_by_hand() {
 }
 
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' python/fastkit/__init__.py)
+loads="import sys, fastkit._native; sys.exit(fastkit._native.REASON)" # though it may lack CUDA, which info minds
 export -f build_with_cmake build_by_hand
 export python scratch cuda arch version
 
@@ -173,7 +176,7 @@ else
   if [[ $code != 0 ]]; then
     reason="the build failed"
     fail build "exit code $code"
-  elif ! "$python" -m fastkit info >"$scratch/info" 2>&1; then
+  elif ! { "$python" -m fastkit info || "$python" -c "$loads"; } >"$scratch/info" 2>&1; then
     reason="the library does not load"
     fail build "$reason"
   else

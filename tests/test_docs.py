@@ -180,7 +180,7 @@ def test_names_of_the_package_exist(page):
 def test_every_variable_has_its_line():
     """Of those that the build and the library read, and no others."""
     read = set()
-    for path in [ROOT / "setup.py", *(ROOT / "python").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "python").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
         read |= set(re.findall(r'(?:environ\.get|environ\[|getenv)\(?"(FASTKIT_\w+)"', path.read_text()))
     table = re.findall(r"^\| `(FASTKIT_\w+)` \|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
     assert sorted(table) == sorted(read)
@@ -188,8 +188,9 @@ def test_every_variable_has_its_line():
 
 def test_messages_are_those_of_the_sources():
     """The first column of the table of messages, but for what ``...`` stands for."""
-    files = ["setup.py", "CMakeLists.txt", "csrc/cpu/isa.cpp", "python/fastkit/_dispatch.py"]
-    sources = "\n".join((ROOT / file).read_text() for file in [*files, "python/fastkit/_native.py"])
+    files = ["setup.py", "build_backend.py", "CMakeLists.txt", "csrc/cpu/isa.cpp"]
+    files += [f"python/fastkit/{name}.py" for name in ("_dispatch", "_native", "info")]
+    sources = "\n".join((ROOT / file).read_text() for file in files)
     page = (ROOT / "docs" / "install.md").read_text()
     messages = re.findall(r"^\| `([^`]*)` \|", page.partition("## Troubleshooting")[2], re.MULTILINE)
     assert messages

@@ -28,9 +28,9 @@ PYTHON = """
 hang() { [ "${HANGS:-}" != "$1" ] || sleep 60; }
 case "$*" in
   -) cat >/dev/null; echo "${WARNS:-}" >&2; echo "${DEVICE-90a-real NVIDIA Fake 9000}"; exit "${TORCH:-0}" ;;
+  "-m fastkit info" | "-c import sys, fastkit"*) echo "library: fake"; exit "${INFO:-0}" ;;
   "-c import "*) case " ${LACKS:-} " in *" ${2#import } "*) exit 1 ;; esac ;;
   "-m pip"*) echo "pip $*, CUDA $FASTKIT_CUDA"; exit "${PIP:-0}" ;;
-  "-m fastkit info") echo "library: fake"; exit "${INFO:-0}" ;;
   "-m fastkit.bench.gpu"*)
     [ -z "${OUTLIVED:-}" ] || setsid sleep 60 &
     [ -z "${STUBBORN:-}" ] || trap "" TERM
