@@ -47,7 +47,6 @@ def _case(
         floor=SVD,
         device=device,
         peers=("scipy",),
-        tolerance=1e-4 if device == "cpu" else 1e-3,  # the SVD of a GPU is no more precise
     )
 
 
