@@ -19,6 +19,7 @@ def cases(*, quick: bool = False) -> list[Case]:
         ]
     return [
         search.case(20000, 20000, 300),
+        csls.case(10000, 10000, 300),
         csls.case(20000, 20000, 300),
         search.case(1500, 200000, 300, metric="cosine"),
         search.case(1, 200000, 300),
