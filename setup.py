@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from build_backend import ROOT, find_torch, wants_host_tests, why_pure
@@ -47,8 +48,7 @@ class BuildNative(build_ext):
             "FASTKIT_TORCH_ROOT": torch_root.resolve(),
             "FASTKIT_VERSION": version(),
             "FASTKIT_CUDA": os.environ.get("FASTKIT_CUDA", "AUTO"),
-            "FASTKIT_HOST_TESTS": "ON" if wants_host_tests(self.editable_mode) else "OFF",
-            "FASTKIT_SYMBOLS": "ON" if self.editable_mode else "OFF",
+            "FASTKIT_SYMBOLS": os.environ.get("FASTKIT_SYMBOLS", "OFF"),
         }
         if archs := os.environ.get("FASTKIT_CUDA_ARCHS"):
             options["FASTKIT_CUDA_ARCHS"] = archs
@@ -56,18 +56,21 @@ class BuildNative(build_ext):
         tools = [
             os.environ.get(name) for name in ("CC", "CXX", "CUDACXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
         ]
-        python = sys.executable if options["FASTKIT_HOST_TESTS"] == "ON" else None  # of no matter to the rest
-        facts = (sorted(options.items()), python, tools, shutil.which("nvcc"))
+        facts = (sorted(options.items()), tools, shutil.which("nvcc"))
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         folder = ROOT / "build" / f"cmake-{key}"
         options["FASTKIT_OUTPUT_DIR"] = folder / "fastkit"
         # These may live in a build environment that is gone at the next install: named every time.
         options["CMAKE_MAKE_PROGRAM"] = ninja
-        if options["FASTKIT_HOST_TESTS"] == "ON":
+        libraries = ["_C.so"]
+        options["FASTKIT_HOST_TESTS"] = "OFF"
+        if wants_host_tests(self.editable_mode):  # beside the library, whose objects it shares
             import pybind11
 
+            options["FASTKIT_HOST_TESTS"] = "ON"
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
             options["Python_EXECUTABLE"] = sys.executable
+            libraries.append(f"_host{sysconfig.get_config_var('EXT_SUFFIX')}")
         defines = [f"-D{name}={value}" for name, value in options.items()]
         environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()), **os.environ}
         subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True)
@@ -75,10 +78,10 @@ class BuildNative(build_ext):
         inplace = self.inplace or self.editable_mode
         package = PACKAGE if inplace else Path(self.build_lib) / "fastkit"
         package.mkdir(parents=True, exist_ok=True)
-        for library in (folder / "fastkit").glob("*.so"):
+        for library in libraries:
             # Removed, not overwritten: a process may have the old file mapped.
-            (package / library.name).unlink(missing_ok=True)
-            shutil.copy2(library, package / library.name)
+            (package / library).unlink(missing_ok=True)
+            shutil.copy2(folder / "fastkit" / library, package / library)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"

@@ -3,6 +3,7 @@
 ``python tests/test_results.py`` writes its tables anew.
 """
 
+import csv
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,36 @@ pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the tests are here w
 
 
 def tables() -> str:
-    return "\n\n".join("\n".join(_table(path.parent.name, read_csv(path))) for path in RESULTS + OF_GPUS)
+    rows = {path: read_csv(path) for path in RESULTS + OF_GPUS}
+    parts = [_table(path.parent.name, of_path) for path, of_path in rows.items()]
+    parts += [_targets(path.parent.name, rows[path]) for path in RESULTS]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _targets(machine: str, rows: Sequence[Row]) -> Iterator[str]:
+    of_case = {case[0].title: case for case in by_case(rows)}
+    yield f"What was aimed at, on `{machine}`:"
+    yield ""
+    yield "| | target | measured | |"
+    yield "|---|---|---|---|"
+    for target in targets():
+        if target["case"] in of_case:
+            ours, again, *_ = of_case[target["case"]]
+            met = _is_met(ours, again, float(target["target"]))
+            note = "met" if met else f"missed: {target['limit']}"
+            yield f"| {ours.title} | {target['target']} | {_ratio(ours)} | {note} |"
+
+
+def _is_met(ours: Row, again: Row, target: float) -> bool:
+    """Or above it by no more than the same code is from itself, with an interval that reaches it."""
+    if ours.ratio is None or again.ratio is None or ours.low is None:
+        return False
+    return ours.ratio <= target or ours.low <= target >= ours.ratio - abs(ours.ratio - again.ratio)
+
+
+def targets() -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "targets.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _table(machine: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -67,6 +97,13 @@ def with_tables(text: str) -> str:
 def test_the_page_shows_the_results():
     text = PAGE.read_text()
     assert text == with_tables(text), f"run: python tests/{Path(__file__).name}"
+
+
+def test_a_target_is_of_a_case_and_says_what_limits_one_that_is_missed():
+    rows = {case[0].title: case for path in RESULTS for case in by_case(read_csv(path))}
+    for target in targets():
+        ours, again, *_ = rows[target["case"]]
+        assert _is_met(ours, again, float(target["target"])) or target["limit"], target
 
 
 def test_results_are_of_this_version_and_of_the_cases_that_there_are():
