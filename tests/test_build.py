@@ -245,7 +245,7 @@ subprocess.run(command, check=True, input=code.encode())
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """A wheel whose library has, of each source, the hash of its preprocessed text: what it does is not asked."""
+    """A wheel whose library has, of each source, the hash of its preprocessed text, and runs nothing."""
     compiler = tmp_path_factory.mktemp("compiler") / "c++"
     real = shlex.split(os.environ.get("CXX", "c++"))
     compiler.write_text(COMPILER.format(python=sys.executable, compiler=real))
