@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastkit import __version__
-from fastkit.__main__ import main
+from fastkit.__main__ import RECIPES, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -175,6 +175,11 @@ def test_names_of_the_package_exist(page):
             re.fullmatch(r"fastkit(\.\w+)+", span) and span != "fastkit._host"
         ):  # which is not built everywhere
             pkgutil.resolve_name(span)
+
+
+def test_each_recipe_has_its_page():
+    pages = {path.stem for path in (ROOT / "docs" / "recipes").glob("*.md")}
+    assert pages == {"README", *RECIPES}
 
 
 def test_every_variable_has_its_line():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import fastkit
 from fastkit import _dispatch, _native, info
-from fastkit.__main__ import main
+from fastkit.__main__ import RECIPES, main
 
 pytestmark = pytest.mark.native
 
@@ -73,15 +74,21 @@ def test_every_key_of_the_report_is_documented():
     assert all(key in documented for key in [*KEYS, "file", "loaded", "reason", *BUILD_KEYS])
 
 
-def test_info_command_prints_one_line_an_implementation(capsys):
+def test_info_command_prints_a_line_for_each_op_and_each_reason_once(capsys):
     code = main(["info"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("fastkit ")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("fastkit ")
     if code == 0:
         assert _native.REASON is None
     else:
         assert lines.pop().startswith("next: ")
-    assert [line.split()[0] for line in lines[-4:]] == IMPLS
+    head = next(i for i, line in enumerate(lines) if line.split() == IMPLS)
+    rows = [line.split() for line in lines[head + 1 :]]
+    reasons = {number: " ".join(reason) for number, *reason in rows[len(info.STEMS) :]}
+    assert len(set(reasons.values())) == len(reasons)
+    for stem, *cells in rows[: len(info.STEMS)]:
+        answers = [cell == "yes" or reasons[cell] for cell in cells]
+        assert dict(zip(IMPLS, answers, strict=True)) == info.available(stem)
 
 
 def test_info_command_for_programs_has_the_exit_code(capsys):
@@ -91,6 +98,38 @@ def test_info_command_for_programs_has_the_exit_code(capsys):
     assert facts["ok"] is (facts["next"] is None)
     assert facts["ok"] <= facts["library"]["loaded"]
     assert facts["ops"]["iir_scan"]["reference"] is True
+
+
+def test_a_command_that_names_none_of_its_own_prints_what_there_is(capsys):
+    assert main([]) == 2
+    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == [
+        "info",
+        "demo",
+        "bench",
+        "run",
+    ]
+    assert main(["run"]) == 2
+    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == [*RECIPES]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fastkit {fastkit.__version__}\n"
+
+
+def test_a_reader_that_has_gone_is_no_traceback(run_script):
+    """As of `info | head`."""
+    script = """if True:
+        import os, sys
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = open(writer, "w")
+        from fastkit.__main__ import main
+        raise SystemExit(main(["info"]))
+        """
+    done = run_script(script)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # --- the library is not used ----------------------------------------------------------------------

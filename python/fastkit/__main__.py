@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from fastkit import __version__
 from fastkit._command import Refusal, positive
 
 # A recipe is a module of fastkit.recipes with add_arguments(parser) and main(args) -> exit code.
@@ -24,8 +26,28 @@ RECIPES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()  # here, for at exit a reader that has gone would be a traceback
+    except Refusal as refusal:
+        print(f"{args.command}: {refusal}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{args.command}: stopped{args.stopped}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of `info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that SIGPIPE ends
+    return code
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Of all commands; of recipes, only the one that ``argv`` names is imported."""
     parser = argparse.ArgumentParser(prog="fastkit", description="Fast kernels for PyTorch.")
-    commands = parser.add_subparsers(required=True)
+    parser.add_argument("--version", action="version", version=f"fastkit {__version__}")
+    parser.set_defaults(run=partial(_help, parser), command="fastkit", stopped="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     info = commands.add_parser(
         "info",
@@ -39,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--quick", action="store_true", help="only shapes that fit the caches, no torch.compile, one seed"
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, command="demo", stopped="; demo.csv has what was measured")
 
     bench = commands.add_parser("bench", help="every op beside all peers that are installed; takes minutes")
     bench.add_argument("stems", nargs="*", metavar="STEM", help="ops to measure; default: all")
@@ -56,20 +78,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--resume", action="store_true", help="leave out what the CSV has, measured with the same versions"
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_bench, command="bench", stopped="; the CSV has what was measured")
 
-    recipes = commands.add_parser("run", help="a published experiment, on data of yours").add_subparsers(
-        required=True, metavar="RECIPE"
-    )
-    argv = sys.argv[1:] if argv is None else argv
+    run = commands.add_parser("run", help="a method on trial, on data of its own or yours")
+    run.set_defaults(run=partial(_help, run))
+    recipes = run.add_subparsers(title="recipes", metavar="RECIPE")
     for name, summary in RECIPES.items():
         recipe = recipes.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        recipe.set_defaults(run=partial(_run, name))
+        recipe.set_defaults(
+            run=partial(_run, name),
+            command=f"run {name}",
+            stopped="; the same command with --resume goes on",
+        )
         if list(argv[:2]) == ["run", name]:
             _recipe(name).add_arguments(recipe)
+    return parser
 
-    args = parser.parse_args(argv)
-    return args.run(args)
+
+def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
+    """Of a command that names none of its own."""
+    parser.print_help()
+    return 2
 
 
 # What a command needs is imported when it runs: `info` must answer where the rest cannot.
@@ -86,36 +115,21 @@ def _info(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from fastkit.bench import demo
 
-    try:
-        return demo.main(args.out, quick=args.quick)
-    except Refusal as refusal:
-        print(f"demo: {refusal}", file=sys.stderr)
-        return 1
+    return demo.main(args.out, quick=args.quick)
 
 
 def _bench(args: argparse.Namespace) -> int:
     from fastkit.bench import full
 
-    try:
-        return full.main(args.stems, args.out, rounds=args.rounds, quick=args.quick, resume=args.resume)
-    except KeyboardInterrupt:
-        print("\nbench: stopped; the CSV has what was measured", file=sys.stderr)
-        return 130
+    return full.main(args.stems, args.out, rounds=args.rounds, quick=args.quick, resume=args.resume)
+
+
+def _run(name: str, args: argparse.Namespace) -> int:
+    return _recipe(name).main(args)
 
 
 def _recipe(name: str) -> ModuleType:
     return importlib.import_module(f"fastkit.recipes.{name}")
-
-
-def _run(name: str, args: argparse.Namespace) -> int:
-    try:
-        return _recipe(name).main(args)
-    except Refusal as refusal:
-        print(f"run {name}: {refusal}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nrun {name}: stopped; the same command with --resume goes on", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from importlib.util import find_spec
 
 
@@ -16,6 +17,14 @@ def positive(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
     return count
+
+
+def positive_number(text: str) -> float:
+    """A rate or a weight, as the type of an option."""
+    number = float(text)
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
 
 
 def require(**packages: str) -> None:

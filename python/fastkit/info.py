@@ -102,13 +102,23 @@ def describe(facts: dict[str, Any]) -> str:
         lines.append(f"library: {library['compiler']}, {cuda}, CPU kernels for {library['cpu_isa']}")
     else:
         lines.append(f"library: not used: {library['reason']}")
-    for stem, impls in facts["ops"].items():
-        lines.append(stem)
-        for impl, answer in impls.items():
-            lines.append(f"  {impl:10} {'yes' if answer is True else answer}")
+    lines += _table(facts["ops"])
     if facts["next"]:
         lines.append(f"next: {facts['next']}")
     return "\n".join(lines)
+
+
+def _table(ops: dict[str, dict[str, bool | str]]) -> list[str]:
+    """A line for each op, and below each reason once."""
+    if not ops:
+        return []
+    reasons: dict[bool | str, str] = {True: "yes"}
+    rows = [["", *next(iter(ops.values()))]]
+    for stem, answers in ops.items():
+        rows.append([stem, *(reasons.setdefault(a, f"({len(reasons)})") for a in answers.values())])
+    width = max(map(len, ops)) + 2
+    lines = [f"{stem:{width}}" + "".join(f"{cell:11}" for cell in cells).rstrip() for stem, *cells in rows]
+    return ["", *lines, *(f"{number} {reason}" for reason, number in reasons.items() if reason is not True)]
 
 
 def _without_torch(error: Exception) -> str:

@@ -13,22 +13,20 @@ import torch
 from torch import nn
 
 from fastkit._command import Refusal, require
+from fastkit._sync import replace_file
 from fastkit._threads import threads
 from fastkit.recipes import _experiment
 from fastkit.recipes._experiment import (
     Run,
-    add_arguments,
-    add_device,
     deterministic,
-    device_of,
     read_checkpoint,
+    replace_folder,
     seeded,
     sha256,
-    write_atomically,
     write_checkpoint,
-    write_folder_atomically,
 )
 from fastkit.recipes._figures import Row, paired, summary
+from fastkit.recipes._options import add_arguments, add_device, device_of, seeds_of
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
@@ -75,7 +73,7 @@ class TinyFolder(Tiny):
             (folder / "notes.txt").write_text("mine")
             torch.save(self.model.state_dict(), folder / "inner" / "model.pt")
 
-        write_folder_atomically(path, write)
+        replace_folder(path, write)
 
 
 def without_seconds(row):
@@ -170,7 +168,7 @@ def test_a_model_that_nobody_wants_is_not_kept(tmp_path):
 def test_figures_that_are_not_finite_are_none(tmp_path):
     with begin(tmp_path) as run:
         run.append(ROW._replace(figures={"loss": float("nan"), "accuracy": float("inf")}))
-        metrics = run.write("test", [0])
+        metrics = run.write(run.finished("test", [0]), [0])
     assert metrics["figures"]["loss"]["arm"] == {"seeds": {"0": None}, "mean": None, "std": None}
     json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
 
@@ -189,7 +187,7 @@ def _run_to_the_end(out, resume, kind=Tiny):
     with begin(out, resume=resume, suffix=".pt" if kind is Tiny else "") as run:
         for arm in ("one", "two"):
             run.row("test", arm, 0, lambda: kind(2), stretches=2)
-        run.write("test", [0])
+        run.write(run.finished("test", [0]), [0])
 
 
 def _fork_and_die(out, step, kind):
@@ -223,7 +221,7 @@ def _fork_and_die(out, step, kind):
 @pytest.mark.parametrize("kind, model", [(Tiny, "two-0.pt"), (TinyFolder, "two-0/inner/model.pt")])
 def test_killed_at_each_step_it_ends_the_same(tmp_path, monkeypatch, kind, model):
     """At each change of a file, until a run has none left to die at."""
-    monkeypatch.setattr(_experiment, "draw", lambda file, *_: file.write(b"slow to draw"))
+    monkeypatch.setattr(_experiment, "draw", lambda path, *_: path.write_bytes(b"slow to draw"))
     with threads(1):
         _run_to_the_end(tmp_path / "whole", False, kind)
         expected = (tmp_path / "whole" / "curves.csv").read_bytes()
@@ -246,7 +244,7 @@ def test_killed_at_each_step_it_ends_the_same(tmp_path, monkeypatch, kind, model
 def test_a_folder_is_replaced_whole(tmp_path):
     path = tmp_path / "model"
     for text in ("one", "two"):
-        write_folder_atomically(path, lambda folder, text=text: (folder / f"{text}.txt").write_text(text))
+        replace_folder(path, lambda folder, text=text: (folder / f"{text}.txt").write_text(text))
         assert [(file.name, file.read_text()) for file in path.iterdir()] == [(f"{text}.txt", text)]
 
     def fails(folder):
@@ -254,9 +252,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_folder_atomically(path, fails)
+        replace_folder(path, fails)
     assert [file.name for file in path.iterdir()] == ["two.txt"]
-    write_folder_atomically(path, lambda folder: (folder / "four.txt").touch())
+    replace_folder(path, lambda folder: (folder / "four.txt").touch())
     assert [file.name for file in tmp_path.iterdir()] == ["model"]  # not what was cut off
 
 
@@ -410,7 +408,7 @@ def test_curves_are_over_the_unit_of_the_run(tmp_path):
     last = ROW._replace(curve=[{"loss": 0.5}, {"loss": 0.25, "test": 1.0}])
     with begin(tmp_path, unit="step", stretch=50) as run:
         run.append(last)
-        run.write("test", [0])
+        run.write(run.finished("test", [0]), [0])
     text = (tmp_path / "curves.csv").read_text().splitlines()
     assert text == ["arm,seed,step,loss,test", "arm,0,50,0.5,", "arm,0,100,0.25,1.0"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -420,7 +418,7 @@ def test_what_is_left_in_the_folder(tmp_path):
     with begin(tmp_path) as run:
         for row in (ROW, ROW._replace(arm="none"), ROW._replace(table="validation"), ROW._replace(seed=7)):
             run.append(row)
-        metrics = run.write("test", [0], note="more")
+        metrics = run.write(run.finished("test", [0]), [0], note="more")
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == metrics
     assert written["recipe"] == "tiny" and written["config"] == {"lr": 0.1} and written["note"] == "more"
@@ -483,13 +481,14 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
-    def write(file):
-        file.write(b"half")
+    def write(temporary):
+        temporary.write_bytes(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write)
+        replace_file(path, write)
     assert path.read_bytes() == b"before"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_hash_is_of_the_bytes_in_order():
@@ -505,6 +504,16 @@ def test_arguments():
     )  # fmt: skip
     with pytest.raises(SystemExit):
         parser.parse_args(["--seeds", "-1"])
+
+
+@pytest.mark.parametrize("options, seeds", [
+    ([], [1, 2]), (["--quick"], [1]),
+    (["--seeds", "3", "4", "3"], [3, 4]), (["--quick", "--seeds", "5"], [5]),
+])  # fmt: skip
+def test_seeds_are_those_asked_for_each_once(options, seeds):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, out="there")
+    assert seeds_of(parser.parse_args(options), (1, 2)) == seeds
 
 
 def test_progress_is_silent_where_there_is_no_terminal(tmp_path, capfd):

@@ -12,6 +12,7 @@ import torch
 from fastkit import _command
 from fastkit.__main__ import RECIPES, main
 from fastkit._command import Refusal
+from fastkit.bench import demo
 from fastkit.nn import AdaptiveIIR
 from fastkit.recipes import focus
 from fastkit.recipes._experiment import read_checkpoint, write_checkpoint
@@ -230,6 +231,15 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(focus.Training, "advance", interrupted)
     assert main(["run", "focus", *TINY, "--out", str(tmp_path)]) == 130
     assert "stopped; the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_an_interrupted_demo_says_what_is_kept(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "main", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "\ndemo: stopped; demo.csv has what was measured\n"
 
 
 def test_the_command_line_imports_no_recipe_until_it_is_run(run_script):

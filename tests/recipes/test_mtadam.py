@@ -39,7 +39,7 @@ def metrics_of(out):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(_experiment, "draw", lambda file, *_: file.write(b""))
+    monkeypatch.setattr(_experiment, "draw", lambda path, *_: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

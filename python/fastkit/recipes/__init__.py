@@ -1,1 +1,1 @@
-"""Published experiments, each run by one command on real data."""
+"""Methods on trial, each by one command, on data of its own or of the user."""

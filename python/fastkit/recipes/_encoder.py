@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastkit._command import Refusal
-from fastkit.recipes._experiment import seeded, sha256, write_folder_atomically
+from fastkit.recipes._experiment import replace_folder, seeded, sha256
 
 
 class Encoder(NamedTuple):
@@ -129,7 +129,7 @@ def write_random(folder: Path, texts: Sequence[str]) -> None:
         wrapped.save_pretrained(temporary)
 
     with quiet():
-        write_folder_atomically(folder, write)
+        replace_folder(folder, write)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ device and number of threads, it comes out the same to the bit whether it was in
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,14 +26,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 from urllib.parse import quote
 
 import torch
 
 from fastkit import __version__
 from fastkit._command import Refusal
-from fastkit._sync import sync_folder
+from fastkit._sync import replace_file, sync_folder
 from fastkit.recipes._figures import Row, curves, draw, finite, summary
 
 try:
@@ -44,35 +43,7 @@ except ImportError:  # Windows: two processes on one folder are the user's to av
 
 FORMAT = 1  # of config.json and of every checkpoint
 
-
-# The command line
-
-
-def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
-    """The options that all recipes have; ``out`` is the folder taken without ``--out``."""
-    parser.add_argument("--data", type=Path, metavar="PATH", help="a folder in a format of docs/data.md")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path(out), help="default: %(default)s")
-    parser.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="one row of each arm per seed")
-    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
-    parser.add_argument("--quick", action="store_true", help="a short run that shows that it works, no more")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``, of recipes that run on a GPU too; ``device_of`` gives what it names."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("--device must be cpu where torch sees no GPU, got cuda; leave it out")
-    return torch.device(args.device)
-
-
-def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**63:
-        raise argparse.ArgumentTypeError(f"a seed must be at least 0 and below 2^63, got {seed}")
-    return seed
+T = TypeVar("T")
 
 
 # Randomness
@@ -113,18 +84,7 @@ def deterministic(device: torch.device) -> Generator[None]:
 # Files
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """The file is the old one or the whole new one, whenever the process or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
     """The folder is the old one, none, or the whole new one, which ``write`` fills; never a part of one."""
     temporary, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("tmp", "old"))
     for folder in (temporary, old):  # what a kill left
@@ -145,12 +105,12 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Tensors, numbers, strings, and lists and dicts of them: what ``read_checkpoint`` takes back."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    replace_file(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -163,6 +123,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise Refusal(f"{path} must be a checkpoint of format {FORMAT}, got format {found}")
     return state
+
+
+def read_model(path: Path, recipe: str, build: Callable[[dict[str, Any]], T]) -> T:
+    """What ``build`` makes of a checkpoint; one of something else is refused, in words."""
+    state = read_checkpoint(path)
+    try:
+        return build(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise Refusal(f"{path} must be a model of run {recipe}, got another checkpoint ({error})") from error
 
 
 def sha256(chunks: Iterable[bytes]) -> str:
@@ -410,9 +379,23 @@ class Run:
 
     # What is left
 
-    def write(self, table: str, seeds: Sequence[int], **more: Any) -> dict[str, Any]:
-        """metrics.json, curves.csv and curves.png of a table; ``more`` goes into metrics.json as it is."""
-        rows = [row for row in self.rows.values() if row.table == table and row.seed in seeds]
+    def finished(self, table: str, seeds: Sequence[int]) -> list[Row]:
+        return [row for row in self.rows.values() if row.table == table and row.seed in seeds]
+
+    def write(
+        self,
+        rows: Sequence[Row],
+        seeds: Sequence[int],
+        *,
+        picture: Callable[[Path], object] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """metrics.json, curves.csv and curves.png of these rows.
+
+        Args:
+            picture: writes curves.png, in the place of curves.
+            more: goes into metrics.json as it is.
+        """
         metrics = {
             **self._facts,
             "seeds": list(seeds),
@@ -422,9 +405,14 @@ class Run:
         }
         write_json(self.out / "metrics.json", metrics)
         over = rows, self._unit, self._stretch
-        write_atomically(self.out / "curves.csv", lambda file: file.write(curves(*over)))
-        write_atomically(self.out / "curves.png", lambda file: draw(file, *over))
+        replace_file(self.out / "curves.csv", lambda path: path.write_bytes(curves(*over)))
+        replace_file(self.out / "curves.png", picture or (lambda path: draw(path, *over)))
         return metrics
+
+    def written(self, *more: str) -> str:
+        """The line that names the files."""
+        names = "metrics.json", "curves.csv", "curves.png", *more
+        return f"written: {', '.join(str(self.out / name) for name in names)}"
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -7,7 +7,8 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,25 @@ def paired(rows: Iterable[Row], arm: str, other: str) -> dict[str, dict[str, Any
     return differences
 
 
+def differences(
+    rows: Sequence[Row], questions: Iterable[tuple[str, str]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """``paired`` for each question whose two arms have rows."""
+    arms = {row.arm for row in rows}
+    return {
+        f"{one} minus {other}": paired(rows, one, other)
+        for one, other in questions
+        if one in arms and other in arms
+    }
+
+
+def with_spread(figure: Mapping[str, Any] | None, of: Literal["std", "stderr"], sign: str = "") -> str:
+    """A cell of a table: the mean, and its deviation or error; a dash for what there is not."""
+    if figure is None or figure["mean"] is None:
+        return "-"
+    return f"{figure['mean']:{sign}.4f} ± {'-' if figure[of] is None else format(figure[of], '.4f')}"
+
+
 def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
@@ -84,7 +104,7 @@ def curves(rows: Sequence[Row], unit: str, stretch: int) -> bytes:
     return text.getvalue().encode()
 
 
-def draw(file: BinaryIO, rows: Sequence[Row], unit: str, stretch: int) -> None:
+def draw(path: Path, rows: Sequence[Row], unit: str, stretch: int) -> None:
     """curves.png: a panel for each figure that is there from the first point on."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -103,4 +123,4 @@ def draw(file: BinaryIO, rows: Sequence[Row], unit: str, stretch: int) -> None:
         axes.set(xlabel=unit, ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
-    figure.savefig(file, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150)

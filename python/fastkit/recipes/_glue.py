@@ -14,6 +14,7 @@ import numpy as np
 
 from fastkit._command import Refusal
 from fastkit.recipes._experiment import sha256
+from fastkit.recipes._options import check_folder
 
 Array = np.ndarray[Any, Any]
 
@@ -126,12 +127,7 @@ def load(folder: Path, *, kind: str | None = None, target: str | None = None) ->
     Raises:
         Refusal: it is not there, or not as docs/data.md says.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise Refusal(
-            f"--data must be a folder, got {found}: {folder}; give the folder that holds train.tsv or"
-            " train.tsv.gz, and dev or test beside it"
-        )
+    check_folder(folder, "the folder that holds train.tsv or train.tsv.gz, and dev or test beside it")
     paths = {name: path for name in _PARTS if (path := _path(folder, name)) is not None}
     if "train" not in paths:
         raise Refusal(f"--data must hold train.tsv or train.tsv.gz, got neither in {folder}")

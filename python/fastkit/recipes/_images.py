@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastkit._command import Refusal
-from fastkit.recipes._experiment import sha256
-from fastkit.recipes._npz import Array, described, read_arrays
+from fastkit.recipes._npz import Array, described, hash_of, read_arrays
+from fastkit.recipes._options import check_folder
 
 
 class Part(NamedTuple):
@@ -30,14 +30,13 @@ class Images(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Name, sizes and hash, for metrics.json."""
-        arrays = [*self.train, *self.test]
         return {
             "name": self.name,
             "train": len(self.train.y),
             "test": len(self.test.y),
             "size": list(self.train.x.shape[1:]),
             "classes": self.classes,
-            "sha256": sha256(f"{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).data for a in arrays),
+            "sha256": hash_of([*self.train, *self.test]),
         }
 
 
@@ -62,11 +61,7 @@ def load(folder: Path) -> Images:
     Raises:
         Refusal: it is not there, or not as docs/data.md says.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise Refusal(
-            f"--data must be a folder, got {found}: {folder}; give the folder that holds one .npz of images"
-        )
+    check_folder(folder, "the folder that holds one .npz of images")
     archives = sorted(folder.glob("*.npz"))
     if len(archives) != 1:
         names = ", ".join(path.name for path in archives) or "none"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastkit._command import Refusal
-from fastkit.recipes._experiment import read_checkpoint, write_checkpoint
+from fastkit.recipes._experiment import read_model, write_checkpoint
 
 TaskName = Literal["classes", "mixed", "ratio"]
 Losses = dict[str, Tensor | None]  # of each term; None: it has no sample in the batch
@@ -133,10 +132,10 @@ def load_model(path: Path) -> Model:
     Raises:
         Refusal: the file is not one of ``run mtadam``.
     """
-    state = read_checkpoint(path)
-    try:
+
+    def build(state: dict[str, Any]) -> Model:
         model = MODELS[state["task"]](**state["config"])
         model.load_state_dict(state["state_dict"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Refusal(f"{path} must be a model of run mtadam, got another checkpoint ({error})") from error
-    return model.eval()
+        return model.eval()
+
+    return read_model(path, "mtadam", build)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastkit._command import Refusal
+from fastkit.recipes._experiment import sha256
 
 Array = np.ndarray[Any, Any]
 
@@ -37,3 +38,8 @@ def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, Array]:
 
 def described(array: Array) -> str:
     return f"{array.dtype} of shape {array.shape}"
+
+
+def hash_of(arrays: Iterable[Array]) -> str:
+    """SHA-256 of dtypes, shapes and values."""
+    return sha256(f"{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).data for a in arrays)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastkit._command import Refusal
 from fastkit.methods.prilora import PRILoRA, PRILoRAConfig, apply_prilora
 from fastkit.recipes._encoder import Encoder, encoder, quiet
-from fastkit.recipes._experiment import FORMAT, Stateful, seeded, write_folder_atomically, write_json
+from fastkit.recipes._experiment import FORMAT, Stateful, replace_folder, seeded, write_json
 
 
 class Arm(NamedTuple):
@@ -103,7 +103,7 @@ class Adapted:
                 saved.save_pretrained(folder)
             write_json(folder / "recipe.json", facts)
 
-        write_folder_atomically(path, write)
+        replace_folder(path, write)
 
     def close(self) -> None:
         """No hook on optimizers is left."""

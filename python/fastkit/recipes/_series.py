@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastkit._command import Refusal
-from fastkit.recipes._experiment import sha256
-from fastkit.recipes._npz import Array, described, read_arrays
+from fastkit.recipes._npz import Array, described, hash_of, read_arrays
+from fastkit.recipes._options import check_folder
 
 
 class Part(NamedTuple):
@@ -31,7 +31,6 @@ class Series(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Name, sizes and hash, for metrics.json."""
-        arrays = [*self.train, *self.test]
         return {
             "name": self.name,
             "train": len(self.train.y),
@@ -39,7 +38,7 @@ class Series(NamedTuple):
             "channels": self.train.x.shape[1],
             "longest": int(max(self.train.lengths.max(), self.test.lengths.max())),
             "classes": self.classes,
-            "sha256": sha256(f"{a.dtype}{a.shape}".encode() + np.ascontiguousarray(a).data for a in arrays),
+            "sha256": hash_of([*self.train, *self.test]),
         }
 
 
@@ -49,12 +48,7 @@ def load(folder: Path) -> Series:
     Raises:
         Refusal: it is not there, or not as docs/data.md says.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise Refusal(
-            f"--data must be a folder, got {found}: {folder}; give the folder that holds one .npz, or"
-            " NAME_TRAIN.ts and NAME_TEST.ts"
-        )
+    check_folder(folder, "the folder that holds one .npz, or NAME_TRAIN.ts and NAME_TEST.ts")
     archives, trains = sorted(folder.glob("*.npz")), sorted(folder.glob("*_TRAIN.ts"))
     if len(archives) + len(trains) != 1:
         names = ", ".join(path.name for path in [*archives, *trains]) or "neither"

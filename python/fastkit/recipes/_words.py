@@ -13,6 +13,7 @@ import torch
 from fastkit._command import Refusal
 from fastkit.methods.word_translation import Vectors, load_vectors
 from fastkit.recipes._experiment import sha256
+from fastkit.recipes._options import check_folder
 
 SUFFIXES = (".vec", ".vec.gz", ".npz", ".safetensors")  # of tables in a folder
 Entries = list[tuple[str, str]]
@@ -57,11 +58,7 @@ def load(folder: Path, *, max_words: int | None = None, source: str | None = Non
     Raises:
         Refusal: they are not there, or not as docs/data.md says.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise Refusal(
-            f"--data must be a folder, got {found}: {folder}; give two files by --source and --target"
-        )
+    check_folder(folder, "two files by --source and --target")
     paths = {
         _language(path): path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES)
     }

@@ -22,13 +22,8 @@ from fastkit._command import Refusal, positive, require
 from fastkit._threads import threads
 from fastkit.nn import AdaptiveIIR
 from fastkit.nn.adaptive_iir import Parameterization
-from fastkit.recipes._experiment import (
-    Run,
-    read_checkpoint,
-    seeded,
-    write_checkpoint,
-)
-from fastkit.recipes._experiment import add_arguments as add_common_arguments
+from fastkit.recipes import _options
+from fastkit.recipes._experiment import Run, read_model, seeded, write_checkpoint
 from fastkit.recipes._figures import Row
 from fastkit.recipes._series import Part, Series, load, standardised
 
@@ -114,13 +109,13 @@ def save_classifier(path: Path, model: SequenceClassifier, classes: Sequence[str
 
 def load_classifier(path: Path) -> tuple[SequenceClassifier, list[str]]:
     """A model from the folder ``models`` of a run, and the names of its classes."""
-    state = read_checkpoint(path)
-    try:
+
+    def build(state: dict[str, Any]) -> tuple[SequenceClassifier, list[str]]:
         model = SequenceClassifier(**state["config"])
         model.load_state_dict(state["state_dict"])
         return model.eval(), state["class_names"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Refusal(f"{path} must be a model of run focus, got another checkpoint ({error})") from error
+
+    return read_model(path, "focus", build)
 
 
 # Data
@@ -259,7 +254,7 @@ _CHOICES: dict[Filter, list[Choice]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run focus``."""
-    add_common_arguments(parser, out="fastkit-focus")
+    _options.add_arguments(parser, out="fastkit-focus")
     parser.add_argument(
         "--epochs",
         type=positive,
@@ -276,13 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples that the first layer sees at once; default: 8, on the digits 1",
     )
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="of the CPU; default: %(default)s, for a model as small loses more by waiting for others",
-    )
+    _options.add_threads(parser, default=1)
     parser.add_argument(
         "--chunk",
         type=positive,
@@ -305,7 +294,7 @@ def main(args: argparse.Namespace) -> int:
         series = load(args.data)
         series = series._replace(train=standardised(series.train), test=standardised(series.test))
         kernel, chunk = 8, max(8, series.train.x.shape[2] // 4 // 8 * 8)
-    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    seeds = _options.seeds_of(args, (0, 1, 2))
     config = {
         "epochs": args.epochs or (2 if args.quick else -(-600 * args.batch // len(series.train.y))),
         "batch": args.batch,
@@ -322,9 +311,13 @@ def main(args: argparse.Namespace) -> int:
         chosen, selection = _choose(run, tables, series.classes, _choices(args.quick))
         for seed, arm in product(seeds, ARMS):
             _row(run, tables, "test", arm, chosen[arm], seed, series.classes)
-        metrics = run.write("test", seeds, plain_baselines=_plain_baselines(series), selection=selection)
-    print(_table(metrics))
-    print(f"\nwritten: {', '.join(str(args.out / f) for f in ('metrics.json', 'curves.csv', 'curves.png'))}")
+        metrics = run.write(
+            run.finished("test", seeds),
+            seeds,
+            plain_baselines=_plain_baselines(series),
+            selection=selection,
+        )
+    print(f"{_table(metrics)}\n\n{run.written()}")
     return 0
 
 

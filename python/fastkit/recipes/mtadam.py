@@ -6,22 +6,22 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastkit._command import Refusal, positive, require
+from fastkit._command import Refusal, positive, positive_number, require
 from fastkit._threads import threads
-from fastkit.recipes import _experiment
-from fastkit.recipes._experiment import Run, write_atomically
-from fastkit.recipes._figures import Row, curves, paired, summary
+from fastkit.recipes import _options
+from fastkit.recipes._experiment import Run
+from fastkit.recipes._figures import Row, differences, with_spread
 from fastkit.recipes._images import Images, Part, digits, load
 from fastkit.recipes._mtadam_arms import ARMS, Stepper
 from fastkit.recipes._mtadam_models import MODELS, Model, TaskName, load_model, save_model
@@ -109,7 +109,7 @@ def draw_weights(task: TaskName, terms: Sequence[str], exponent: int = 0) -> dic
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run mtadam``."""
-    _experiment.add_arguments(parser, out="fastkit-mtadam")
+    _options.add_arguments(parser, out="fastkit-mtadam")
     parser.add_argument("--task", choices=MODELS, default="classes", help="default: %(default)s")
     parser.add_argument(
         "--arms", choices=ARMS, nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}; default: all of a task"
@@ -122,29 +122,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--lr", type=_rate, default=1e-3, metavar="X", help="of arms without xL or byL; default: %(default)s"
+        "--lr",
+        type=positive_number,
+        default=1e-3,
+        metavar="X",
+        help="of arms without xL or byL; default: %(default)s",
     )
     parser.add_argument(
         "--ranks",
-        type=_rate,
+        type=positive_number,
         nargs="+",
         metavar="X",
         help="weights of MTAdam's terms, one each; default: all 1",
     )
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="of the CPU; default: %(default)s, for models as small lose more by waiting for others",
-    )
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
+    _options.add_threads(parser, default=1)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -167,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
         "ranks": args.ranks or [1.0] * len(terms),
     }
     exponents = (-4, 0, 4) if args.quick else _EXPONENTS
-    seeds = list(dict.fromkeys(args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])))
+    seeds = _options.seeds_of(args, (0, 1, 2, 3, 4))
     options: dict[str, Any] = {"config": config, "data": images.facts(), "packages": ["scikit-learn"]}
     with threads(args.threads), Run("mtadam", args.out, resume=args.resume, **options) as run:
         parts = _tensors(images.train), _tensors(images.test)
@@ -180,9 +171,9 @@ def main(args: argparse.Namespace) -> int:
         else:
             for seed, arm in product(seeds, arms):
                 _row(run, images, parts, arm, seed)
-            text = _table(run.write("test", seeds, **_more(run, seeds, images)))
-    print(text)
-    print(f"\nwritten: {', '.join(str(args.out / f) for f in ('metrics.json', 'curves.csv', 'curves.png'))}")
+            rows = run.finished("test", seeds)
+            text = _table(run.write(rows, seeds, **_more(run, rows, images)))
+    print(f"{text}\n\n{run.written()}")
     return 0
 
 
@@ -220,20 +211,15 @@ def _row(
 # What came out
 
 
-def _more(run: Run, seeds: Sequence[int], images: Images) -> dict[str, Any]:
+def _more(run: Run, rows: Sequence[Row], images: Images) -> dict[str, Any]:
     """Of metrics.json, what this recipe adds."""
-    rows = [row for row in run.rows.values() if row.seed in seeds]
     arms = {row.arm: ARMS[row.arm] for row in rows}
     lr, terms = run.config["lr"], len(run.config["ranks"])
     majority = np.bincount(images.train.y).argmax()
     return {
         "weights": {str(row.seed): _weights(row) for row in rows if arms[row.arm].weighted},
         "learning_rates": {name: lr * terms**arm.power for name, arm in arms.items()},
-        "differences": {
-            f"{one} minus {other}": paired(rows, one, other)
-            for one, other in QUESTIONS
-            if one in arms and other in arms
-        },
+        "differences": differences(rows, QUESTIONS),
         "plain_baselines": {"majority": {"accuracy": float((images.test.y == majority).mean())}},
     }
 
@@ -249,10 +235,8 @@ def _weights(row: Row) -> dict[str, float]:
 def _write_ratio(run: Run, rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, Any]:
     """The files of all tables together; curves.png has the last points over the exponents."""
     together = [row._replace(arm=f"{row.arm},{row.table}") for row in rows]
-    metrics = run.write("k=0", seeds, figures=summary(together), ratio=_ratio(rows, MODELS["ratio"].terms))
-    write_atomically(run.out / "curves.csv", lambda file: file.write(curves(together, "epoch", 1)))
-    write_atomically(run.out / "curves.png", lambda file: _draw_ratio(file, metrics["ratio"]))
-    return metrics
+    ratio = _ratio(rows, MODELS["ratio"].terms)
+    return run.write(together, seeds, picture=partial(_draw_ratio, ratio=ratio), ratio=ratio)
 
 
 def _ratio(rows: Sequence[Row], terms: Sequence[str]) -> dict[str, Any]:
@@ -276,7 +260,7 @@ def _ratio(rows: Sequence[Row], terms: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _draw_ratio(file: BinaryIO, ratio: Mapping[str, Any]) -> None:
+def _draw_ratio(path: Path, ratio: Mapping[str, Any]) -> None:
     """The losses at the end over the exponents, a panel for each term: the mean, and each seed as a dot."""
     from matplotlib.figure import Figure
 
@@ -291,7 +275,7 @@ def _draw_ratio(file: BinaryIO, ratio: Mapping[str, Any]) -> None:
                 axes.plot(arm["exponents"], losses, ".", color=f"C{colour}", markersize=3)
         axes.set(xlabel="k: the weight of the lower half is 10^k", ylabel=f"{term}, test loss")
         axes.legend()
-    figure.savefig(file, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def _head(metrics: Mapping[str, Any]) -> str:
@@ -312,13 +296,13 @@ def _table(metrics: Mapping[str, Any]) -> str:
         f"  {'':32}{'lr':>8}" + "".join(f"{name:>20}" for name in figures),
     ]
     for arm, lr in metrics["learning_rates"].items():
-        cells = "".join(f"{_spread(arms[arm], 'std'):>20}" for arms in figures.values())
+        cells = "".join(f"{with_spread(arms[arm], 'std'):>20}" for arms in figures.values())
         lines.append(f"  {arm:32}{lr:8.3g}{cells}")
     lines.append(f"  {'majority':40}{metrics['plain_baselines']['majority']['accuracy']:11.4f}")
     if metrics["differences"]:
         lines.append("Differences from the same seed: mean and standard error")
     for question, found in metrics["differences"].items():
-        cells = "".join(f"{_spread(found.get(name), 'stderr', sign='+'):>20}" for name in figures)
+        cells = "".join(f"{with_spread(found.get(name), 'stderr', sign='+'):>20}" for name in figures)
         lines.append(f"  {question:40}{cells}")
     return "\n".join(lines)
 
@@ -337,9 +321,3 @@ def _ratio_table(metrics: Mapping[str, Any]) -> str:
             spread = arm[term]["spread"]
             lines.append(f"  {name:20}{term:8}{cells}{'-' if spread is None else format(spread, '.3f'):>9}")
     return "\n".join(lines)
-
-
-def _spread(figure: Mapping[str, Any] | None, spread: str, sign: str = "") -> str:
-    if figure is None or figure["mean"] is None:
-        return "-"
-    return f"{figure['mean']:{sign}.4f} ± {'-' if figure[spread] is None else format(figure[spread], '.4f')}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from fastkit._command import Refusal, positive, require
+from fastkit._command import Refusal, positive, positive_number, require
 from fastkit._threads import threads
-from fastkit.recipes import _experiment, _glue, _tokens
+from fastkit.recipes import _glue, _options, _tokens
 from fastkit.recipes._encoder import Encoder, encoder, write_random
 from fastkit.recipes._encoder import facts as encoder_facts
-from fastkit.recipes._experiment import Run, add_device, deterministic, device_of, seeded
-from fastkit.recipes._figures import Row, paired
+from fastkit.recipes._experiment import Run, deterministic, seeded
+from fastkit.recipes._figures import Row, differences, with_spread
 from fastkit.recipes._glue import METRICS, Array, Metric, Task
 from fastkit.recipes._prilora_arms import ARMS, Adapted, load_classifier, prilora_config
 from fastkit.recipes._tokens import HeldOut, Tokens
@@ -171,8 +170,8 @@ _ADALORA: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run prilora``."""
-    _experiment.add_arguments(parser, out="fastkit-prilora")
-    add_device(parser)
+    _options.add_arguments(parser, out="fastkit-prilora")
+    _options.add_device(parser)
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="default: a small BERT with random weights")
     parser.add_argument("--task", choices=METRICS, help="metrics; default: by the folder's name, or columns")
     parser.add_argument("--target", metavar="COLUMN", help="of the labels; default: label, or GLUE's name")
@@ -189,9 +188,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("tokens", positive, "of a step at most, padding included", metavar="N")
     add("every", positive, "steps from one look at the dev part to the next", metavar="N")
     add("length", positive, "tokens of a sentence or pair at most", metavar="N")
-    add("lr", _rate, "of all arms but full", metavar="X")
-    add("full-lr", _rate, "of full fine-tuning", metavar="X")
-    add("alpha", _rate, "of the adapters", metavar="X")
+    add("lr", positive_number, "of all arms but full", metavar="X")
+    add("full-lr", positive_number, "of full fine-tuning", metavar="X")
+    add("alpha", positive_number, "of the adapters", metavar="X")
     add("weight-decay", _decay, "of AdamW", metavar="X")
     add("warmup", float, "share of the steps in which the learning rate grows", metavar="X")
     add("ratio", float, "share of A that a pruning zeroes", metavar="X")
@@ -203,14 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "alpha / r, alpha over the mean rank, or alpha / sqrt(r)",
         choices=["lora", "constant", "rslora"],
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: torch's")
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
+    _options.add_threads(parser)
 
 
 def _decay(text: str) -> float:
@@ -225,21 +217,21 @@ def main(args: argparse.Namespace) -> int:
     require(
         transformers="transformers", peft="peft", sklearn="scikit-learn", matplotlib="matplotlib", tqdm="tqdm"
     )
-    device = device_of(args)
+    device = _options.device_of(args)
     task = (
         _glue.generated() if args.data is None else _glue.load(args.data, kind=args.task, target=args.target)
     )
     config = _config(args, task)
     if args.model is not None:
         _check_model(encoder(args.model), args.arms, task.classes, config)
-    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    seeds = _options.seeds_of(args, (0, 1, 2))
     options: dict[str, Any] = {
         "config": {**config, "model": "random" if args.model is None else encoder_facts(args.model)},
         "data": task.facts(), "packages": ["transformers", "peft", "tokenizers", "scikit-learn", "scipy"],
         "device": device, "unit": "step", "stretch": config["every"], "suffix": "",
     }  # fmt: skip
     with (
-        threads(args.threads) if args.threads else nullcontext(),
+        threads(args.threads or torch.get_num_threads()),
         Run("prilora", args.out, resume=args.resume, **options) as run,
         deterministic(device),
     ):
@@ -248,16 +240,15 @@ def main(args: argparse.Namespace) -> int:
         for seed in seeds:
             for arm in args.arms:
                 _row(run, arm, seed, base, data, config, device)
-        rows = [row for row in run.rows.values() if row.seed in seeds]
+        rows = run.finished("test", seeds)
         more = {
             "model": options["config"]["model"],
             "arms": _facts(rows),
-            "differences": _differences(rows),
+            "differences": differences(rows, QUESTIONS),
             "plain_baselines": {"majority": _majority(task)},
         }
-        metrics = run.write("test", seeds, **more)
-    print(_table(metrics))
-    print(f"\nwritten: {', '.join(str(args.out / f) for f in ('metrics.json', 'curves.csv', 'curves.png'))}")
+        metrics = run.write(rows, seeds, **more)
+    print(f"{_table(metrics)}\n\n{run.written()}")
     return 0
 
 
@@ -339,15 +330,6 @@ def _facts(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     }
 
 
-def _differences(rows: Sequence[Row]) -> dict[str, Any]:
-    names = {row.arm for row in rows}
-    return {
-        f"{one} minus {other}": paired(rows, one, other)
-        for one, other in QUESTIONS
-        if one in names and other in names
-    }
-
-
 def _majority(task: Task) -> dict[str, float]:
     """The figures of the largest class of the training part."""
     if not task.classes:
@@ -373,7 +355,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
     head = "".join(f"{name:>26}" for name in figures)
     lines.append(f"  {'':28}{head}{'adapters':>12}{'trained':>12}{'pruned':>8}{'zeros':>8}")
     for arm, fact in facts.items():
-        cells = "".join(f"{_spread(arms.get(arm), 'std'):>26}" for arms in figures.values())
+        cells = "".join(f"{with_spread(arms.get(arm), 'std'):>26}" for arms in figures.values())
         lines.append(
             f"  {arm:28}{cells}{fact['adapter_parameters']:12,.0f}{fact['trained_parameters']:12,.0f}"
             f"{fact['prunings']:8.0f}{fact['sparsity']:8.3f}"
@@ -385,12 +367,6 @@ def _table(metrics: Mapping[str, Any]) -> str:
         )
     lines.append("Differences from the same seed: mean and standard error")
     for question, found in metrics["differences"].items():
-        cells = "".join(f"{_spread(found.get(name), 'stderr', sign='+'):>26}" for name in figures)
+        cells = "".join(f"{with_spread(found.get(name), 'stderr', sign='+'):>26}" for name in figures)
         lines.append(f"  {question:28}{cells}")
     return "\n".join(lines)
-
-
-def _spread(figure: Mapping[str, Any] | None, spread: str, sign: str = "") -> str:
-    if figure is None or figure["mean"] is None:
-        return "-"
-    return f"{figure['mean']:{sign}.4f} ± {'-' if figure[spread] is None else format(figure[spread], '.4f')}"

@@ -1,6 +1,6 @@
 """Word translation without a dictionary: two tables of word vectors in, translations and mapped vectors out.
 
-``python -m fastkit run word_translation``; docs/methods/word_translation.md tells what it does and found.
+``python -m fastkit run word_translation``; docs/recipes/word_translation.md tells what it does and found.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastkit._command import Refusal, positive, require
+from fastkit._sync import replace_file
 from fastkit._threads import threads
 from fastkit.methods.word_translation import RowPairs, Vectors, WordTranslator, row_pairs, save_vectors
-from fastkit.recipes import _experiment, _words
-from fastkit.recipes._experiment import Run, add_device, device_of, write_atomically
+from fastkit.recipes import _options, _words
+from fastkit.recipes._experiment import Run
 from fastkit.recipes._figures import Row, finite
 from fastkit.recipes._word_arms import ARMS
 from fastkit.recipes._words import Languages
@@ -38,8 +39,8 @@ load_model: Callable[..., WordTranslator] = WordTranslator.load
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``run word_translation``."""
-    _experiment.add_arguments(parser, out="fastkit-word-translation")
-    add_device(parser)
+    _options.add_arguments(parser, out="fastkit-word-translation")
+    _options.add_device(parser)
     parser.add_argument("--source", type=Path, metavar="FILE", help="word vectors, in the place of --data")
     parser.add_argument("--target", type=Path, metavar="FILE", help="those that they are translated to")
     parser.add_argument("--dictionary", type=Path, metavar="FILE", help="with --source: pairs to measure by")
@@ -60,33 +61,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the file of mapped vectors; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--query", nargs="+", default=[], metavar="WORD", help="print their translations")
-    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: torch's")
+    _options.add_threads(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Aligns the tables by each arm from each seed, and writes what came out; returns the exit code."""
     require(matplotlib="matplotlib", tqdm="tqdm", safetensors="safetensors")
-    device = device_of(args)
+    device = _options.device_of(args)
     languages = _languages(args)
     _check(args, languages)
-    seeds = args.seeds or [0]
+    seeds = _options.seeds_of(args, (0,))
     config = {"restarts": args.restarts, **(_QUICK if args.quick else {})}
     with (
-        threads(args.threads) if args.threads else nullcontext(),
+        threads(args.threads or torch.get_num_threads()),
         Run(
             "word_translation", args.out, config=config, data=languages.facts(), resume=args.resume,
             packages=["safetensors"], device=device, unit="restart", suffix=".safetensors",
         ) as run,
     ):  # fmt: skip
         rows = [_row(run, languages, arm, seed, device) for arm in args.arms for seed in seeds]
-        metrics = run.write("test", seeds, **_more(run, languages, args.arms))
-        write_atomically(run.out / "curves.png", lambda file: _draw(file, rows))
+        metrics = run.write(
+            run.finished("test", seeds),
+            seeds,
+            picture=partial(_draw, rows=rows),
+            **_more(run, languages, args.arms),
+        )
         translator = load_model(run.model_path(*rows[0][:3]), device=device)
-        written = ["metrics.json", "curves.csv", "curves.png", *_export(run.out, languages, translator, args)]
+        written = run.written(*_export(run.out, languages, translator, args))
     print(_table(metrics))
     for word in args.query:
         print(_answer(translator, languages, word, args.translations))
-    print(f"\nwritten: {', '.join(str(args.out / name) for name in written)}")
+    print(f"\n{written}")
     return 0
 
 
@@ -224,7 +229,7 @@ def _export(
             word = next(words)
             for rank, (score, index) in enumerate(zip(of_scores, of_indices, strict=True), 1):
                 lines.append(f"{word}\t{rank}\t{targets[index]}\t{score:.5f}")
-    write_atomically(out / "dictionary.tsv", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    replace_file(out / "dictionary.tsv", lambda path: path.write_bytes(("\n".join(lines) + "\n").encode()))
     written = ["dictionary.tsv"]
     if args.mapped != "none":
         own = (languages.source, translator.transform), (languages.target, translator.transform_target)
@@ -257,7 +262,7 @@ def _more(run: Run, languages: Languages, arms: Sequence[str]) -> dict[str, Any]
     return {"arms": {arm: ARMS[arm].summary for arm in arms}, "fits": facts, "languages": languages.names}
 
 
-def _draw(file: BinaryIO, rows: Sequence[Row]) -> None:
+def _draw(path: Path, rows: Sequence[Row]) -> None:
     """Of each restart the part of its words that it pairs rightly, over its cost; a colour for each row."""
     from matplotlib.figure import Figure
 
@@ -272,7 +277,7 @@ def _draw(file: BinaryIO, rows: Sequence[Row]) -> None:
     axes.set(xlabel="cost of a restart in its last epoch", ylabel="words that it pairs rightly")
     if axes.lines:
         axes.legend(fontsize="small")
-    figure.savefig(file, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
