@@ -21,6 +21,9 @@ from fastkit._threads import threads
 from fastkit.ops.iir_scan import KERNELS
 from fastkit.testing import devices
 
+# Of what test modules share too, a failed assertion says what was compared.
+pytest.register_assert_rewrite("contracts", "mtadam_steps", "mtadam_trainers", "prilora_folders")
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
@@ -105,6 +108,19 @@ def native(request):
     if reason is not None:
         pytest.skip(reason)
     return "cpu"
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    """An instruction set that kernels are compiled for, but for that of this process, which all tests run."""
+    reason = unavailable("cpu", KERNELS)
+    if reason is not None:
+        pytest.skip(reason)
+    if request.param == _native.BUILD_INFO["cpu_isa"]:
+        pytest.skip("it is that of this process")
+    if request.param not in _native.BUILD_INFO["cpu_isas"]:
+        pytest.skip(f"this CPU and build have {', '.join(_native.BUILD_INFO['cpu_isas'])}")
+    return request.param
 
 
 @pytest.fixture

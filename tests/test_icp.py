@@ -1,7 +1,6 @@
 """ops.icp_epoch against its float64 oracle: shapes, ties, signs, restarts, pairs, NaN, layouts, compile."""
 
 import itertools
-import json
 import math
 
 import pytest
@@ -215,12 +214,8 @@ def test_ten_runs_give_the_same_bits(impl):
             assert_equal(icp_epoch(*inputs, epoch=0, batch_size=10, impl=impl), first)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(native, run_script, isa):
+def test_every_instruction_set(run_script, isa):
     """The kernels are compiled once for each; all must be right, not only the one loaded here."""
-    usable = json.loads(torch.ops.fastkit.build_info())["cpu_isas"]
-    if isa not in usable:
-        pytest.skip(f"this CPU and build have {', '.join(usable)}")
     script = f"""if True:
         import json, torch
         from fastkit.testing.icp import SIZES, check, make_inputs

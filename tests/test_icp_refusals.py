@@ -263,10 +263,11 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("impl", ["reference", None])
 @pytest.mark.parametrize(("error", "changed", "words"), REFUSALS, ids=range(len(REFUSALS)))
-def test_refusal(error, changed, words, impl):
-    assert refusal(error, changed, impl=impl).startswith(f"icp_epoch: {words}")
+def test_refusal(error, changed, words):
+    assert refusal(error, changed).startswith(f"icp_epoch: {words}")
+    if "pairs" in changed:  # at whose values an implementation looks itself
+        assert refusal(error, changed, impl="reference").startswith(f"icp_epoch: {words}")
 
 
 def test_what_is_at_the_edge_is_not_refused():

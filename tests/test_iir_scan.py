@@ -1,7 +1,6 @@
 """ops.iir_scan of one filter, in every implementation that runs here, against the float64 reference."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -354,12 +353,8 @@ class TestOffsetsBeyond32Bits:
         check(x, a, b, gy, chunk=3, impl=native)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(native, run_script, isa):
+def test_every_instruction_set(run_script, isa):
     """The kernels are compiled once for each; all must be right, not only the one loaded here."""
-    usable = json.loads(torch.ops.fastkit.build_info())["cpu_isas"]
-    if isa not in usable:
-        pytest.skip(f"this CPU and build have {', '.join(usable)}")
     script = f"""if True:
         import json, torch
         from fastkit import ops, reference

@@ -75,7 +75,7 @@ def test_the_package_alone_does_not_need_torch(tmp_path):
 
 
 def test_import_costs_less_than_50_ms_over_torch(tmp_path):
-    """The best of up to five processes: others may hold the machine, none can make it faster.
+    """The best of up to five processes, of their own time: others may hold the machine.
 
     With bytecode, as pip leaves it, which the first process writes here, that of torch aside. No forks, which
     pay for each page of their parent's that they write to.
@@ -83,9 +83,9 @@ def test_import_costs_less_than_50_ms_over_torch(tmp_path):
     script = f"""if True:
         import sys, time, torch
         sys.pycache_prefix, sys.dont_write_bytecode = {str(tmp_path)!r}, False
-        start = time.perf_counter()
+        start = time.process_time()
         import fastkit.ops
-        print(1000 * (time.perf_counter() - start))
+        print(1000 * (time.process_time() - start))
         """
     best = float("inf")
     for _ in range(5):

@@ -1,7 +1,5 @@
 """moments within budget in every size, weights, order of rows, stride, and on any number of threads."""
 
-import json
-
 import pytest
 import torch
 
@@ -210,12 +208,8 @@ def test_strides_change_no_bit(native, dtype):
 # Instruction sets
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(native, run_script, isa):
+def test_every_instruction_set(run_script, isa):
     """The kernels are compiled once for each; all must be right, not only the one loaded here."""
-    usable = json.loads(torch.ops.fastkit.build_info())["cpu_isas"]
-    if isa not in usable:
-        pytest.skip(f"this CPU and build have {', '.join(usable)}")
     script = f"""if True:
         import json, torch
         from fastkit.testing.moments import SIZES, RowsSize, check, make_inputs

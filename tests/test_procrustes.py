@@ -1,7 +1,6 @@
 """ops.polar and ops.procrustes against the SVD in float64: spectra, scales, shapes, derivatives, compile."""
 
 import itertools
-import json
 import math
 import warnings
 
@@ -89,12 +88,8 @@ def test_sizes_around_a_square(dtype, native):
     assert orthogonal.all() and ((w[0].double() - value).abs() <= budget).all()
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(native, run_script, isa):
+def test_every_instruction_set(run_script, isa):
     """The kernels are compiled once for each; all must be right, not only the one loaded here."""
-    usable = json.loads(torch.ops.fastkit.build_info())["cpu_isas"]
-    if isa not in usable:
-        pytest.skip(f"this CPU and build have {', '.join(usable)}")
     script = f"""if True:
         import json, torch
         from fastkit.ops.procrustes_iterations import on_cpu

@@ -1,6 +1,5 @@
 """PRILoRACallback: a Trainer that prunes, is stopped and goes on, without a call of its user's."""
 
-import inspect
 import shutil
 import warnings
 
@@ -22,13 +21,6 @@ pytestmark = [
 ]
 CONFIG = PRILoRAConfig(rank_start=2, rank_final=4, interval=4, mode="hard", dropout=0.1)
 STATE = "prilora_state.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """No logging to elsewhere, and no progress bars."""
-    monkeypatch.setenv("WANDB_DISABLED", "true")
-    transformers.utils.logging.set_verbosity_error()
 
 
 def bert(dropout=0.1):
@@ -79,14 +71,6 @@ def assert_same_bits(a, b):
     others = b.model.state_dict()
     for key, value in a.model.state_dict().items():
         assert torch.equal(value, others[key]), key
-
-
-def test_its_signature_is_as_it_was():
-    """What users write down, as of the rest in ``tests/test_public_api.py``, which needs no transformers."""
-    assert [str(parameter) for parameter in inspect.signature(PRILoRACallback).parameters.values()] == [
-        "prilora: 'PRILoRAConfig | PRILoRA | AttachedPRILoRA | None' = None",
-        "resume_from: 'str | Path | None' = None",
-    ]
 
 
 def test_it_adapts_the_model_and_prunes_it_without_a_call(tmp_path):

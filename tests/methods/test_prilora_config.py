@@ -116,9 +116,9 @@ def test_values_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank_start": 4.0}, "rank_start must be an integer, got float"),
-        ({"interval": True}, "interval must be an integer, got bool"),
-        ({"ratio": "0.5"}, "ratio must be a number, got str"),
+        ({"rank_start": 4.0}, "rank_start must be an integer, got 4.0"),
+        ({"interval": True}, "interval must be an integer, got True"),
+        ({"ratio": "0.5"}, "ratio must be a number, got '0.5'"),
         ({"ranks": [4]}, "ranks must be a mapping of names to ranks, got list"),
         ({"ranks": {3: 4}}, "ranks must have names of modules as keys, got int"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be a list of names, got a str; pass"),

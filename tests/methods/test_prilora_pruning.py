@@ -296,6 +296,17 @@ def test_finalize_prunes_once_more(made, train, mode):
     assert all(layer.mask.all() == (mode == "soft") for layer in prilora.layers.values())
 
 
+def test_finalize_without_a_statistic_is_refused(made):
+    """Else what is saved would be dense, and nobody would know."""
+    prilora, _ = made()
+    with pytest.raises(RuntimeError, match=r"^PRILoRA: finalize\(\) needs a statistic, and no layer has one"):
+        prilora.finalize()
+    made(ratio=0)[0].finalize()
+    prilora, _ = made(importance="magnitude")
+    prilora.finalize()
+    assert zeros(prilora) == dropped(prilora)
+
+
 @pytest.mark.parametrize("reset", [None, "m", "mv"])
 def test_reset_state(made, train, reset):
     prilora, _ = made(reset_state=reset)

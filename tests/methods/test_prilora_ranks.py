@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastkit.methods.prilora import PRILoRAConfig, apply_prilora
-from fastkit.methods.prilora.ranks import block_of, ranks
+from fastkit.methods.prilora.names import block_of
+from fastkit.methods.prilora.ranks import ranks
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")

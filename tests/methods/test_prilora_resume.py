@@ -102,6 +102,10 @@ def without(state, key):
     ("change", "message"),
     [
         (lambda s: {**s, "format": 9}, "format must be 1, got 9; is it of another version?"),
+        (
+            lambda s: {key: value for key, value in s.items() if key != "events"},
+            "state must have events, got none; pass what state_dict() gave",
+        ),
         (lambda s: {**s, "ranks": {}}, f"ranks must have {QUERY}, got none; is it of another model?"),
         (
             lambda s: {**s, "ranks": {**s["ranks"], QUERY: 7}},

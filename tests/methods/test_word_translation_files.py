@@ -154,7 +154,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         WordTranslator(**OPTIONS).fit(x, y, checkpoint=tmp_path / "other" / "notes.txt")
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04N."])
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04N.", b"[" * 100_000], ids=range(4))
 def test_a_state_that_cannot_be_read_is_refused(tmp_path, content):
     WordTranslator(**OPTIONS).fit(*tables(), checkpoint=tmp_path)
     (tmp_path / "refine.pt").write_bytes(content)
@@ -318,7 +318,7 @@ def test_other_files_are_refused(fitted, saved):
     content = saved.read_bytes()
     for part in (content[:-10], content[:100], b"", b"text"):
         saved.write_bytes(part)
-        with pytest.raises(ValueError, match="path must be a whole safetensors file, got"):
+        with pytest.raises(ValueError, match="must be a whole safetensors file, got one that is not"):
             WordTranslator.load(saved)
     from safetensors.torch import save_file
 

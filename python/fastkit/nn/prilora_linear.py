@@ -12,7 +12,8 @@ from torch.nn.functional import dropout
 
 from fastkit import ops
 from fastkit._autograd import transforms
-from fastkit.ops._checks import FLOATING
+from fastkit.nn.prilora_linear_base import device_of, features, is_conv1d, is_product
+from fastkit.nn.prilora_linear_count import count_
 from fastkit.ops.lora_linear import low_rank
 
 
@@ -123,7 +124,7 @@ class PRILoRALinear(nn.Module):
         dtype = (
             torch.float64 if isinstance(weight, Tensor) and weight.dtype == torch.float64 else torch.float32
         )
-        device = _device(base_layer)
+        device = device_of(base_layer)
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
         self.register_buffer("mask", torch.ones(rank, self.in_features, dtype=torch.bool, device=device))
@@ -318,62 +319,3 @@ class PRILoRALinear(nn.Module):
             )
         super()._load_from_state_dict(*args, **kwargs)
         self.square_sum = torch.zeros_like(self.input_square)
-
-
-def features(base: nn.Module) -> tuple[int, int]:
-    """D and O of a layer that may be adapted; ValueError for another."""
-    if is_conv1d(base):
-        return base.nx, base.nf  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
-    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
-        raise ValueError(
-            "PRILoRALinear: base_layer must not be the out_proj of nn.MultiheadAttention, which reads its"
-            " weight past the layer; adapt other layers"
-        )
-    if not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(
-            "PRILoRALinear: base_layer must be a linear layer with in_features and out_features, or a"
-            f" transformers Conv1D, got {type(base).__name__}"
-        )
-    return sizes  # pyright: ignore[reportReturnType]
-
-
-def is_conv1d(base: nn.Module) -> bool:
-    """By name: transformers is not imported for it."""
-    return type(base).__name__ == "Conv1D" and hasattr(base, "nx") and hasattr(base, "nf")
-
-
-def is_product(base: nn.Module) -> bool:
-    """Whether the layer is one of those that are a product with the weight that is its parameter."""
-    weight = base._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
-        return False
-    return type(base) is nn.Linear or is_conv1d(base)
-
-
-def _device(base: nn.Module) -> torch.device | None:
-    """Where the layer is; a layer that is loaded when it is called leaves its weight on the meta device."""
-    devices = [t.device for t in (*base.parameters(), *base.buffers())]
-    return next((device for device in devices if device.type != "meta"), devices[0] if devices else None)
-
-
-# Adds what a forward has summed, unless it is run again in backward, as that of a checkpointed segment is.
-# An op, so that a compiled layer too looks when it runs.
-_library = torch.library.Library("fastkit", "FRAGMENT")
-_library.define("count_once_(Tensor(a!) total, Tensor sum) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _count_once_(total: Tensor, sum: Tensor) -> None:
-    if torch._C._current_graph_task_id() == -1:  # pyright: ignore[reportPrivateUsage]
-        total.add_(sum)
-
-
-_library.impl("count_once_", _count_once_, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastkit::count_once_", lib=_library)
-def _(total: Tensor, sum: Tensor) -> None:
-    pass
-
-
-count_: Callable[[Tensor, Tensor], None] = torch.ops.fastkit.count_once_.default

@@ -21,9 +21,17 @@ from fastkit.optim.mtadam_processes import (
     by_backward,
     found_by_any,
 )
-from fastkit.optim.mtadam_state import Buckets, check_loaded, is_scalar, loaded, new_entry, new_state
+from fastkit.optim.mtadam_state import (
+    Buckets,
+    by_index,
+    check_loaded,
+    is_scalar,
+    loaded,
+    new_entry,
+    new_state,
+)
 from fastkit.optim.mtadam_terms import Losses, check_gradients, check_group, check_loss, named, names_of
-from fastkit.optim.mtadam_update import Update, anchor_of
+from fastkit.optim.mtadam_update import Update, weights_of
 
 OnNonFinite = Literal["skip_step", "skip_term", "propagate"]
 _NONFINITE: dict[str, NonFinite] = {"skip_step": "skip", "skip_term": "skip_term", "propagate": "propagate"}
@@ -194,14 +202,8 @@ class MTAdam(torch.optim.Optimizer):
         if not norms:
             return {}
         group = next(g for g in self.param_groups if any(param is p for p in g["params"]))
-        stacked = torch.stack(list(norms.values()))
-        alive = stacked > group["alive_eps"]
-        anchor = anchor_of(group)
-        ratios = stacked[torch.where(alive[anchor], anchor, alive.int().argmax())] / stacked
-        if group["max_scale"] is not None:
-            ratios = ratios.clamp(max=group["max_scale"])
-        ranks = torch.tensor(group["ranks"] or [1.0] * len(norms), dtype=ratios.dtype, device=ratios.device)
-        return dict(zip(norms, torch.where(alive, ranks * ratios, 1.0).unbind(), strict=True))
+        weights = weights_of(group, torch.stack(list(norms.values())))
+        return dict(zip(norms, weights.unbind(), strict=True))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as of every optimizer; the terms are those that there are."""
@@ -300,7 +302,7 @@ class MTAdam(torch.optim.Optimizer):
         if getattr(self, "found_inf", None) is None:  # which GradScaler.step sets for its call
             return self._step(losses, ranks)
         try:
-            self._check_scaler(losses)
+            self._pending.check_scaler(losses, self.mode)
             return self._step(losses, ranks)
         except BaseException:
             for name in ("found_inf", "grad_scale"):  # GradScaler does that after a step alone
@@ -322,25 +324,6 @@ class MTAdam(torch.optim.Optimizer):
             check_ranks("MTAdam.step", ranks, len(self.terms or ()))
         self._finish(ranks)
         return None
-
-    def _check_scaler(self, losses: Any) -> None:
-        text = None
-        if self.mode == "streaming":
-            text = "streaming mode takes no GradScaler; use mode='batched'"
-        elif losses is not None:
-            text = (
-                "losses cannot go through GradScaler.step, whose check for inf comes before; call"
-                " backward_term(term, loss, scaler=scaler) for each, then scaler.step(optimizer)"
-            )
-        elif not self._pending.times:
-            text = "no term has been given; call backward_term(term, loss, scaler=scaler) for each first"
-        elif not self._pending.knows_scales:
-            text = (
-                "of GradScaler.step every term must know the scale; call"
-                " backward_term(term, loss, scaler=scaler)"
-            )
-        if text is not None:
-            raise RuntimeError(f"MTAdam.step: {text}")
 
     def _step_of_losses(self, losses: Losses, ranks: Sequence[float] | None) -> Losses:
         op = "MTAdam.step"
@@ -395,36 +378,19 @@ class MTAdam(torch.optim.Optimizer):
         if self.terms is None:
             raise ValueError(f"{op}: the terms must be known; pass terms= to MTAdam")
         name = self._name(op, term)
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self.mode == "streaming":
-            if scaler is not None and scaler.is_enabled():
-                raise RuntimeError(f"{op}: streaming mode takes no GradScaler; use mode='batched'")
-            later = [t for t in self.terms[self.terms.index(name) :] if t in self._pending.times]
-            if name in self._pending.times:
-                raise RuntimeError(
-                    f"{op}: streaming mode takes a term once a step, got {name!r} again; add its losses up,"
-                    " or use mode='batched' to accumulate"
-                )
-            if later:
-                raise RuntimeError(
-                    f"{op}: streaming mode takes terms in their order, {', '.join(self.terms)}, got {name!r}"
-                    f" after {later[0]!r}"
-                )
+            self._pending.check_order(name, self.terms, scaler)
         if retain_graph is None:
             times = {t: self._pending.times.get(t, 0) + (t == name) for t in self.terms}
             retain_graph = len(set(times.values())) > 1
-        if scaler is not None and not scaler.is_enabled():
-            scaler = None
         if loss is None:
             if self._processes.group is not None:  # others may have one
                 self._take_nothing(name, scaler)
             self._pending.count(name)
             return
         check_loss(op, name, loss)
-        if not self._pending.fits_scaler(name, scaler):
-            raise RuntimeError(
-                f"{op}: a term must be scaled in all its parts or in none, got {name!r} in both ways; pass"
-                " the same scaler= each time"
-            )
+        self._pending.check_scaled_alike(name, scaler)
         self._differentiate(op, name, loss, retain_graph, scaler, None)
 
     def step_from_grads(
@@ -653,28 +619,18 @@ class MTAdam(torch.optim.Optimizer):
         What the checkpoint says of the groups is taken over, as their lr and terms are.
         """
         self._refuse_within_a_step("load_state_dict")
-        final: dict[str, Any] = {}
         terms = None if self.terms is None else list(self.terms)
+        saved: dict[str, Any] = {}  # what hooks of others have made of it
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            final.update(state_dict)
-            if [len(g["params"]) for g in state_dict["param_groups"]] != [
-                len(g["params"]) for g in self.param_groups
-            ]:
-                return  # which torch refuses
-            check_loaded(state_dict["state"], state_dict["param_groups"], self.param_groups, params(), terms)
-            for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
-                check_group({**group, "params": own["params"]}, self.mode)
-
-        def params() -> dict[int, Tensor]:
-            indices = [index for group in final["param_groups"] for index in group["params"]]
-            return dict(zip(indices, self._params(), strict=True))
+            saved.update(state_dict)
+            check_loaded(saved, self.param_groups, terms, self.mode)
 
         def copy(_: torch.optim.Optimizer) -> None:
             for group in self.param_groups:
                 group["terms"] = group["terms"] or terms
-            for index, param in params().items():
-                if of_param := final["state"].get(index):
+            for index, param in by_index(saved["param_groups"], self.param_groups):
+                if of_param := saved["state"].get(index):
                     self.state[param] = {key: loaded(param, key, entry) for key, entry in of_param.items()}
 
         hooks = [

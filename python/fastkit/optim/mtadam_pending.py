@@ -46,6 +46,23 @@ class Pending:
             owned.add(i)
         self.gradients[term] = totals
 
+    def check_order(self, term: str, terms: Sequence[str], scaler: Any) -> None:
+        """That streaming mode can take the term now."""
+        op = "MTAdam.backward_term"
+        if scaler is not None:
+            raise RuntimeError(f"{op}: streaming mode takes no GradScaler; use mode='batched'")
+        if term in self.times:
+            raise RuntimeError(
+                f"{op}: streaming mode takes a term once a step, got {term!r} again; add its losses up, or"
+                " use mode='batched' to accumulate"
+            )
+        later = [t for t in terms[terms.index(term) :] if t in self.times]
+        if later:
+            raise RuntimeError(
+                f"{op}: streaming mode takes terms in their order, {', '.join(terms)}, got {term!r} after"
+                f" {later[0]!r}"
+            )
+
     def note_loss(self, loss: Tensor) -> None:
         """Whether it is finite; nothing waits for the device."""
         bad = ~local(loss.detach()).isfinite().reshape(())  # of a sharded loss, one part at least is not
@@ -69,16 +86,38 @@ class Pending:
         """Whether what the term has already is scaled, if it is."""
         return term not in self.gradients or (term in self._scales) == (scaler is not None)
 
+    def check_scaled_alike(self, term: str, scaler: Any) -> None:
+        if not self.fits_scaler(term, scaler):
+            raise RuntimeError(
+                f"MTAdam.backward_term: a term must be scaled in all its parts or in none, got {term!r} in"
+                " both ways; pass the same scaler= each time"
+            )
+
+    def check_scaler(self, losses: object, mode: str) -> None:
+        """That ``GradScaler.step`` has found in p.grad what there is to update by."""
+        text = None
+        if mode == "streaming":
+            text = "streaming mode takes no GradScaler; use mode='batched'"
+        elif losses is not None:
+            text = (
+                "losses cannot go through GradScaler.step, whose check for inf comes before; call"
+                " backward_term(term, loss, scaler=scaler) for each, then scaler.step(optimizer)"
+            )
+        elif not self.times:
+            text = "no term has been given; call backward_term(term, loss, scaler=scaler) for each first"
+        elif self._scales.keys() != self.gradients.keys():
+            text = (
+                "of GradScaler.step every term must know the scale; call"
+                " backward_term(term, loss, scaler=scaler)"
+            )
+        if text is not None:
+            raise RuntimeError(f"MTAdam.step: {text}")
+
     def scale_of(self, term: str, loss: Tensor, scaler: Any) -> Tensor:
         """What the loss is to be multiplied with: in one step each time alike."""
         if term in self._scales:
             return self._scales[term]
         return scaler.scale(torch.ones((), dtype=torch.float32, device=loss.device))
-
-    @property
-    def knows_scales(self) -> bool:
-        """Of every term that has gradients."""
-        return self._scales.keys() == self.gradients.keys()
 
     def show(self, term: str, scale: Tensor, params: Sequence[Tensor], grads: Gradients) -> None:
         """Add scaled gradients to p.grad, or begin it: a GradScaler looks for inf there."""

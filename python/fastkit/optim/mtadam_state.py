@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkit.optim.mtadam_processes import any_sharded, as_sharded, layout_of, local
+from fastkit.optim.mtadam_terms import check_group
 
 State = dict[str, Tensor]
 
@@ -193,15 +194,28 @@ def _kinds(params: Sequence[Tensor], own: Sequence[State], begin: int) -> Iterab
     return kinds.values()
 
 
+def by_index(
+    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, Tensor]]:
+    """The parameters of an optimizer, each with its index in a saved state."""
+    return [
+        pair
+        for group, own in zip(groups, own_groups, strict=True)
+        for pair in zip(group["params"], own["params"], strict=True)
+    ]
+
+
 def check_loaded(
-    state: Mapping[int, Any],
-    groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
     own_groups: Sequence[Mapping[str, Any]],
-    params: Mapping[int, Tensor],
     terms: Sequence[str] | None,
+    mode: str,
 ) -> None:
     """Refuse, before anything has changed, a saved state that is not of these parameters or terms."""
     op = "MTAdam.load_state_dict"
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(own["params"]) for own in own_groups]:
+        return  # which torch refuses
     for group, own in zip(groups, own_groups, strict=True):
         if lacking := sorted(own.keys() - group.keys() - {"param_names"}):
             raise ValueError(
@@ -213,11 +227,10 @@ def check_loaded(
                 f"{op}: the terms must be those of this optimizer, {list(terms)}, got {list(saved)};"
                 " add_term or drop_term makes them alike"
             )
-        for index in group["params"]:
+        for index, param in zip(group["params"], own["params"], strict=True):
             of_param = state.get(index)
             if not of_param:
                 continue
-            param = params[index]
             for key in keys_of(saved or (), group["amsgrad"]):
                 entry = of_param.get(key)
                 want = () if is_scalar(key) else tuple(param.shape)
@@ -230,6 +243,8 @@ def check_loaded(
                         " nowhere else; load by set_optimizer_state_dict of"
                         " torch.distributed.checkpoint.state_dict"
                     )
+    for group, own in zip(groups, own_groups, strict=True):
+        check_group({**group, "params": own["params"]}, mode)
 
 
 def loaded(param: Tensor, key: str, entry: Tensor) -> Tensor:

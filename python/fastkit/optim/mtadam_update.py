@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastkit._dispatch import choose
@@ -18,6 +19,17 @@ from fastkit.optim.mtadam_state import Bucket, Buckets, State, rows_of
 def anchor_of(group: dict[str, Any]) -> int:
     anchor = group["anchor"]
     return group["terms"].index(anchor) if isinstance(anchor, str) else anchor
+
+
+def weights_of(group: dict[str, Any], norms: Tensor) -> Tensor:  # (L,), (L,)
+    """The factors by which gradients of these running norms are balanced, as in a step."""
+    alive = norms > group["alive_eps"]
+    anchor = anchor_of(group)
+    ratios = norms[torch.where(alive[anchor], anchor, alive.int().argmax())] / norms
+    if group["max_scale"] is not None:
+        ratios = ratios.clamp(max=group["max_scale"])
+    ranks = torch.tensor(group["ranks"] or [1.0] * len(norms), dtype=ratios.dtype, device=ratios.device)
+    return torch.where(alive, ranks * ratios, 1.0)
 
 
 @dataclass

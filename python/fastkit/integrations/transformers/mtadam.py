@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils.generic import ModelOutput
 
+from fastkit.integrations.transformers._arguments import checkpoints_reentrantly
 from fastkit.optim import MTAdam
 
 _OF_ARGS = {  # what of MTAdam's options the Trainer has a place for
@@ -390,9 +391,7 @@ class MTAdamTrainer(Trainer):
                     f" {what}; train on one device (CUDA_VISIBLE_DEVICES), or by torchrun, which makes it"
                     " DistributedDataParallel"
                 )
-        on = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-        options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
-        if on and isinstance(options, dict) and options.get("use_reentrant"):
+        if checkpoints_reentrantly(args):
             raise ValueError(
                 "MTAdamTrainer: use_reentrant must be False in checkpointing, got True, under which torch"
                 " gives no gradients of single losses"

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastkit._sync import replace_file
+from fastkit.integrations.transformers._arguments import checkpoints_reentrantly
 from fastkit.methods.prilora import AttachedPRILoRA, PRILoRA, PRILoRAConfig, apply_prilora, attach_prilora
-from fastkit.methods.prilora.folder import replace_file
 from fastkit.methods.prilora.handle import handle_of
-from fastkit.methods.prilora.state_file import read_state, write_state
-
-_STATE = "prilora_state.safetensors"
+from fastkit.methods.prilora.state_file import STATE, read_state, write_state
 
 
 class PRILoRACallback(TrainerCallback):
@@ -87,9 +86,7 @@ class PRILoRACallback(TrainerCallback):
                 f" {type(prilora.model).__name__}; pass model=prilora.model"
             )
         self.prilora = prilora
-        on = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-        options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
-        if on and isinstance(options, dict) and options.get("use_reentrant"):
+        if checkpoints_reentrantly(args):
             model.enable_input_require_grads()
 
     def on_train_begin(
@@ -137,7 +134,7 @@ class PRILoRACallback(TrainerCallback):
             return
         if self._staged != state.global_step:
             self._stage(args, state)
-        _waiting(args, state.global_step).replace(folder / _STATE)
+        _waiting(args, state.global_step).replace(folder / STATE)
         self._staged = None
         for path in folder.parent.glob(_waiting(args, "*").name):  # of processes that were stopped
             path.unlink()
@@ -146,8 +143,8 @@ class PRILoRACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None and (Path(best) / _STATE).is_file():
-            found, _ = read_state(Path(best) / _STATE)
+        if args.load_best_model_at_end and best is not None and (Path(best) / STATE).is_file():
+            found, _ = read_state(Path(best) / STATE)
             prilora = self._handle(kwargs["model"])
             if _is_loaded(prilora, found):
                 prilora.load_state_dict(found)
@@ -197,7 +194,7 @@ class PRILoRACallback(TrainerCallback):
         else:
             folders = [Path(f) for f in (args.resume_from_checkpoint,) if isinstance(f, str)]
             folders.append(_checkpoint(args, state))
-        paths = [*(folder / _STATE for folder in folders), _waiting(args, state.global_step)]
+        paths = [*(folder / STATE for folder in folders), _waiting(args, state.global_step)]
         there = [path for path in paths if path.is_file()]
         for path in there:
             found, facts = read_state(path)
@@ -205,7 +202,7 @@ class PRILoRACallback(TrainerCallback):
                 prilora.load_state_dict(found)
                 folder = _checkpoint(args, state)  # what waits for one ends with the next
                 if path == _waiting(args, state.global_step) and folder.is_dir() and args.should_save:
-                    replace_file(folder / _STATE, partial(shutil.copyfile, path))
+                    replace_file(folder / STATE, partial(shutil.copyfile, path))
                 return
         what = f"that of other adapters, {there[0]}" if there else f"none of {', '.join(map(str, paths))}"
         raise ValueError(

@@ -25,7 +25,7 @@ from fastkit.methods.prilora.attach_checks import (
 from fastkit.methods.prilora.config import PRILoRAConfig, check_config
 from fastkit.methods.prilora.handle import Handle, copied
 from fastkit.methods.prilora.ranks import plan
-from fastkit.nn.prilora_linear import count_
+from fastkit.nn.prilora_linear_count import count_
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -65,8 +65,7 @@ def attach_prilora(
     Source: see ``PRILoRAConfig``.
     """
     op = "attach_prilora"
-    config = PRILoRAConfig() if config is None else config
-    check_config(op, config)
+    config = check_config(op, config)
     adapter, lora = adapter_of(op, peft_model)
     base = base_model(peft_model)
     modules = dict(lora_layers(op, base, adapter))

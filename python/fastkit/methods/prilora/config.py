@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from fastkit.methods._options import check_integer, check_number, check_one_of, check_positive
+
 Rounding = Literal["nearest", "floor", "budget"]
 Scaling = Literal["lora", "constant", "rslora"]
 Mode = Literal["soft", "hard", "final"]
 Group = Literal["row", "matrix"]
 Importance = Literal["input", "magnitude", "random"]
 ResetState = Literal["m", "mv"]
+_OP = "PRILoRAConfig"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,27 +95,21 @@ class PRILoRAConfig:
     reset_state: ResetState | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank_start", "rank_final", "interval"):
-            _integer(name, getattr(self, name), 1)
-        for name in ("start", "stop"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
-        _integer("seed", self.seed, 0)
-        for name in ("alpha", "dropout", "beta", "ratio"):
+        for name in ("rank_start", "rank_final", "interval", "start", "stop"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"PRILoRAConfig: {name} must be a number, got {type(value).__name__}")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"PRILoRAConfig: alpha must be positive and finite, got {self.alpha}")
+            if value is not None or name not in ("start", "stop"):
+                check_integer(_OP, name, value, 1)
+        check_integer(_OP, "seed", self.seed, 0)
+        check_positive(_OP, "alpha", self.alpha)
         for name in ("dropout", "beta", "ratio"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+            if not 0.0 <= check_number(_OP, name, getattr(self, name)) < 1.0:
                 raise ValueError(f"PRILoRAConfig: {name} must be in [0, 1), got {getattr(self, name)}")
         for name, options in (
             ("rounding", Rounding), ("scaling", Scaling), ("mode", Mode), ("group", Group),
             ("importance", Importance),
         ):  # fmt: skip
-            _one_of(name, getattr(self, name), get_args(options))
-        _one_of("reset_state", self.reset_state, (None, *get_args(ResetState)))
+            check_one_of(_OP, name, getattr(self, name), get_args(options))
+        check_one_of(_OP, "reset_state", self.reset_state, (None, *get_args(ResetState)))
         object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules, True))
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save, False))
         if not isinstance(self.ranks, Mapping):
@@ -125,7 +122,7 @@ class PRILoRAConfig:
                 raise TypeError(
                     f"PRILoRAConfig: ranks must have names of modules as keys, got {type(name).__name__}"
                 )
-            _integer(f"ranks[{name!r}]", rank, 1)
+            check_integer(_OP, f"ranks[{name!r}]", rank, 1)
         if self.ratio > 0 and self.stop is not None and self.last_event is None:
             raise ValueError(
                 f"PRILoRAConfig: stop must leave an event, got stop={self.stop} with"
@@ -191,22 +188,13 @@ class PRILoRAConfig:
         return cls(**values)
 
 
-def check_config(op: str, config: object) -> None:
+def check_config(op: str, config: PRILoRAConfig | None) -> PRILoRAConfig:
+    """The options; the default ones for None."""
+    if config is None:
+        return PRILoRAConfig()
     if not isinstance(config, PRILoRAConfig):
         raise TypeError(f"{op}: config must be a PRILoRAConfig, got {type(config).__name__}")
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"PRILoRAConfig: {name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"PRILoRAConfig: {name} must be at least {least}, got {value}")
-
-
-def _one_of(name: str, value: object, options: tuple[object, ...]) -> None:
-    if value not in options:
-        listed = ", ".join(repr(option) for option in options)
-        raise ValueError(f"PRILoRAConfig: {name} must be one of {listed}, got {value!r}")
+    return config
 
 
 def _names(name: str, value: object, may_be_regex: bool) -> str | tuple[str, ...] | None:

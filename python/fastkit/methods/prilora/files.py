@@ -18,26 +18,17 @@ from pathlib import Path
 from torch import nn
 
 from fastkit import __version__
+from fastkit.methods._safetensors import write_tensors
 from fastkit.methods.prilora import peft_format
 from fastkit.methods.prilora.config import PRILoRAConfig, check_config
-from fastkit.methods.prilora.folder import digest, replace_files, write_json, write_tensors
+from fastkit.methods.prilora.folder import digest, replace_files, write_json
 from fastkit.methods.prilora.model import PRILoRA, check_model
-from fastkit.methods.prilora.peft_folder import (
-    CONFIG,
-    FORMAT,
-    OURS,
-    STATE,
-    TENSORS,
-    Contents,
-    Found,
-    match,
-    read,
-)
+from fastkit.methods.prilora.peft_folder import CONFIG, FORMAT, OURS, TENSORS, Contents, Found, match, read
 from fastkit.methods.prilora.peft_format import PREFIX, Adapter
-from fastkit.methods.prilora.ranks import check_targets
-from fastkit.methods.prilora.state_file import write_state
+from fastkit.methods.prilora.state_file import STATE, write_state
+from fastkit.methods.prilora.targets import check_targets
 from fastkit.nn import PRILoRALinear
-from fastkit.nn.prilora_linear import is_conv1d
+from fastkit.nn.prilora_linear_base import is_conv1d
 
 _OP = "load_prilora"
 # What a config does not change in adapters that exist.

@@ -11,17 +11,12 @@ taken away before the first of the others is replaced, and brought last. Where i
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fastkit._sync import sync_folder
 
@@ -40,19 +35,13 @@ def replace_files(folder: Path, files: Mapping[str, Callable[[Path], object]], *
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir()
     for name, write in files.items():
-        _write(writing / name, write)
+        write(writing / name)
+        with (writing / name).open("rb+") as file:
+            os.fsync(file.fileno())
     sync_folder(writing)
     writing.rename(folder / NEW)
     sync_folder(folder)
     finish(folder, last=last)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """One file, which is the old one or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    _write(temporary, write)
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 def finish(folder: Path, *, last: str) -> None:
@@ -80,27 +69,6 @@ def find_file(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / NEW / name, folder / name) if path.is_file()), None)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """As safetensors; no tensor shares memory with another one in the file."""
-    save_file = _safetensors("safetensors.torch").save_file
-    copies = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    save_file(copies, path, dict(metadata))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, on the CPU; ValueError if it is not whole."""
-    safetensors = _safetensors("safetensors")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got one that is not ({error})") from error
-
-
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     path.write_bytes(json.dumps(facts, indent=2, allow_nan=False).encode() + b"\n")
 
@@ -123,18 +91,3 @@ def digest(path: Path) -> str:
     """SHA-256 of the file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    write(path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _safetensors(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            'the files of an adapter need safetensors, which is not installed; pip install "fastkit[hf]"'
-        ) from error

@@ -85,6 +85,9 @@ class Handle(PrunedAdapters):
             raise ValueError(
                 f"{op}: format must be {FORMAT}, got {state.get('format')}; is it of another version?"
             )
+        lacking = {"ranks", "scales", "counts", "events", "owners", "tensors"} - state.keys()
+        if lacking:
+            raise ValueError(f"{op}: state must have {min(lacking)}, got none; pass what state_dict() gave")
         for name, layer in self.layers.items():
             for key in ("ranks", "scales", "counts"):
                 if name not in state[key]:

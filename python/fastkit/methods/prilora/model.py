@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fastkit.methods.prilora.config import PRILoRAConfig, check_config
 from fastkit.methods.prilora.handle import Handle, copied
-from fastkit.methods.prilora.ranks import check_targets, modules_to_save, plan, targets
+from fastkit.methods.prilora.ranks import plan
+from fastkit.methods.prilora.targets import check_targets, modules_to_save, targets
 from fastkit.nn import PRILoRALinear
-from fastkit.nn.prilora_linear import is_product
+from fastkit.nn.prilora_linear_base import is_product
 
 
 def apply_prilora(
@@ -51,9 +52,8 @@ def apply_prilora(
         {'layers.0.linear1': 4, 'layers.1.linear1': 8, 'layers.2.linear1': 12}
     """
     op = "apply_prilora"
-    config = PRILoRAConfig() if config is None else config
     check_model(op, model)
-    check_config(op, config)
+    config = check_config(op, config)
     names = targets(op, model, config)
     check_targets(op, model, names)
     ranks = plan(op, model, config, names)

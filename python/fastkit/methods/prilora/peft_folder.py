@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkit.methods._safetensors import read_tensors
 from fastkit.methods.prilora import peft_format
-from fastkit.methods.prilora.folder import digest, find_file, read_json, read_tensors
+from fastkit.methods.prilora.folder import digest, find_file, read_json
+from fastkit.methods.prilora.names import nearest
 from fastkit.methods.prilora.peft_format import PREFIX, Adapter
-from fastkit.methods.prilora.ranks import is_linear, nearest
-from fastkit.methods.prilora.state_file import read_state
-from fastkit.nn.prilora_linear import features
+from fastkit.methods.prilora.state_file import STATE, read_state
+from fastkit.methods.prilora.targets import is_linear
+from fastkit.nn.prilora_linear_base import features
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OURS, STATE = "prilora.json", "prilora_state.safetensors"
-FORMAT = 1  # of OURS
+OURS, FORMAT = "prilora.json", 1
 
 
 class Contents(NamedTuple):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastkit.methods.prilora.ranks import is_named
+from fastkit.methods.prilora.names import is_named
 
 PREFIX = "base_model.model."
 # The ends of a model's class for each task of PEFT, and what PEFT then trains beside the adapters, whether or
@@ -219,20 +219,42 @@ def write_config(
         if adapter.alpha != alpha:
             config["alpha_pattern"][key] = _plain(adapter.alpha)
     saved = saved_modules(config, names)
-    for wanted in (
+    config["target_modules"] = _target_modules(config, adapters, names)
+    task = _task(config, adapters, names, saved, model)
+    if task is not None:
+        config["task_type"], config["auto_mapping"] = task, None
+    assert all(adapter_of(config, name) == adapter for name, adapter in adapters.items())
+    return config, saved
+
+
+def _target_modules(
+    config: Mapping[str, Any], adapters: Mapping[str, Adapter], names: Sequence[str]
+) -> list[str] | str:
+    """The shortest form by which PEFT finds just these: the ends of names, whole names, or an expression."""
+    forms = (
         sorted({name.rpartition(".")[2] for name in adapters}),
         sorted(adapters),
         "|".join(re.escape(name) for name in adapters),
-    ):
-        config["target_modules"] = wanted
-        if {name for name in names if targets(config, name)} == set(adapters):
-            break
-    else:
-        lost = next(name for name in adapters if not targets(config, name))
-        raise ValueError(
-            f"modules_to_save, {list(modules_to_save)}, must not end the names of adapted modules, got the"
-            f" adapted {lost}, which PEFT would take for one of them; adapt it or train it whole, not both"
-        )
+    )
+    for wanted in forms:
+        if {name for name in names if targets({**config, "target_modules": wanted}, name)} == set(adapters):
+            return wanted
+    last = {**config, "target_modules": forms[-1]}
+    lost = next(name for name in adapters if not targets(last, name))
+    raise ValueError(
+        f"modules_to_save, {config['modules_to_save']}, must not end the names of adapted modules, got the"
+        f" adapted {lost}, which PEFT would take for one of them; adapt it or train it whole, not both"
+    )
+
+
+def _task(
+    config: Mapping[str, Any],
+    adapters: Mapping[str, Adapter],
+    names: Sequence[str],
+    saved: Sequence[str],
+    model: object,
+) -> str | None:
+    """That of the model's class, unless PEFT would then take other modules."""
     for task, (endings, trained) in TASKS.items():
         if not type(model).__name__.endswith(endings):
             continue
@@ -242,12 +264,10 @@ def write_config(
             getattr(model, "config", None), "is_encoder_decoder", False
         ):
             continue
-        more = {**config, "modules_to_save": [*modules_to_save, *trained]}
-        same = all(targets(more, name) for name in adapters)
-        if same and saved_modules(more, names) == saved:
-            config["task_type"], config["auto_mapping"] = task, None
-    assert all(adapter_of(config, name) == adapter for name, adapter in adapters.items())
-    return config, saved
+        more = {**config, "modules_to_save": [*(config["modules_to_save"] or ()), *trained]}
+        if all(targets(more, name) for name in adapters) and saved_modules(more, names) == saved:
+            return task
+    return None
 
 
 def _pattern(name: str, names: Iterable[str]) -> str:

@@ -111,8 +111,17 @@ class PrunedAdapters:
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Prune once more, so that what is saved is sparse; with mode hard or final it stays so."""
-        self._prune(list(self.layers), self.steps, None, hard=self.config.mode != "soft")
+        """Prune once more, so that what is saved is sparse; with mode hard or final it stays so.
+
+        Raises:
+            RuntimeError: no layer has a statistic to be pruned by.
+        """
+        pruned = self._prune(list(self.layers), self.steps, None, hard=self.config.mode != "soft")
+        if not pruned and self.config.ratio > 0:
+            raise RuntimeError(
+                f"{self.OP}: finalize() needs a statistic, and no layer has one; step the optimizer in"
+                " training mode first"
+            )
 
     def _watch(self) -> None:
         global _hook

@@ -148,7 +148,7 @@ class Stages:
             return
         try:
             before = json.loads((folder / CONFIG).read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{OP}: checkpoint must have a {CONFIG} that can be read, got {folder} ({error}); take"
                 " another folder"

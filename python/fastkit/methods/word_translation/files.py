@@ -2,50 +2,110 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastkit import __version__
 from fastkit._sync import replace_file
-from fastkit.methods.word_translation.settings import OP
+from fastkit.methods._safetensors import read_tensors, write_tensors
+from fastkit.methods.word_translation.retrieval import Index
+from fastkit.methods.word_translation.settings import OP, Settings
+from fastkit.methods.word_translation.trials import Candidate
+
+if TYPE_CHECKING:
+    from fastkit.methods.word_translation.translator import WordTranslator
+
+Translator = TypeVar("Translator", bound="WordTranslator")
 
 FORMAT = 1
 _KEY = "fastkit.word_translation"  # of the metadata, in which safetensors has strings alone
+_SHAPES: dict[str, tuple[str, ...]] = {
+    "w_xy_": ("E", "D"), "w_yx_": ("D", "E"), "means_x_": ("steps", "D"), "means_y_": ("steps", "E"),
+    "restart_costs_": ("R",), "restart_mutual_": ("R",), "restart_epochs_": ("R",), "restart_seeds_": ("R",),
+}  # fmt: skip
+_FACTS = ("converged_", "control_score_", "criterion_", "best_restart_", "timings_")
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """The file is the old one or the whole new one, whenever the process or the machine stops."""
+def save(path: Path, translator: WordTranslator, settings: Settings, index: Index | None) -> None:
+    """The file is the old one or the whole new one, whenever the process or the machine stops.
+
+    ``index``: the tables; None leaves them out.
+    """
     if path.is_dir():
         raise ValueError(
             f"{OP}: path must be a file, got the folder {path}; pass {path / 'words.safetensors'}"
         )
-    save_file = _safetensors("safetensors.torch").save_file
+    tensors: dict[str, Tensor] = {name: getattr(translator, name) for name in _SHAPES}
+    if translator.penalty_ is not None:
+        tensors["penalty_"] = translator.penalty_
+    if index is not None:
+        tensors |= {"sources": index.sources, "targets": index.targets}
+    facts: dict[str, Any] = {name: getattr(translator, name) for name in _FACTS}
+    facts["control_score_"] = _or_none(translator.control_score_)
+    facts["candidates_"] = [{**c._asdict(), "cost": _or_none(c.cost)} for c in translator.candidates_]
+    facts |= {"params": translator.get_params(), "settings": dataclasses.asdict(settings)}
     text = json.dumps({"format": FORMAT, "fastkit": __version__, **facts}, allow_nan=False)
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(_apart(copies), temporary, {_KEY: text}))
+    replace_file(path, lambda temporary: write_tensors(temporary, tensors, {_KEY: text}))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts; ValueError for a file that is not what ``write`` makes."""
+def load(
+    path: Path, kind: type[Translator], device: str | torch.device
+) -> tuple[Translator, Settings, Index | None]:
+    """What ``save`` was given; ValueError for a file that is not what it makes."""
+    tensors, facts = _read(path)
+    shapes = dict(_SHAPES)
+    if "penalty_" in tensors:
+        shapes["penalty_"] = ("m",)
+    if {"sources", "targets"} & set(tensors):
+        shapes |= {"sources": ("n", "E"), "targets": ("m", "E")}
+    _check_shapes(path, tensors, shapes)
+    try:
+        params: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in facts["params"].items()
+        }
+        translator = kind(**params)
+        settings = Settings(**facts["settings"])
+        for name in _FACTS:
+            setattr(translator, name, facts[name])
+        if facts["control_score_"] is None:
+            translator.control_score_ = math.nan
+        translator.candidates_ = [
+            Candidate(**{**c, "cost": math.inf if c["cost"] is None else c["cost"]})
+            for c in facts["candidates_"]
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{OP}: {path} must have options and figures, got others ({error!r})") from error
+    if len(settings.preprocess) != len(tensors["means_x_"]) or (
+        (settings.retrieval == "nn") != ("penalty_" not in tensors)
+    ):
+        raise ValueError(f"{OP}: {path} must have tensors of its options, got others")
+    tensors = {name: tensors[name].to(device) for name in shapes}
+    for name in _SHAPES:
+        setattr(translator, name, tensors[name])
+    translator.penalty_ = tensors.get("penalty_")
+    if "sources" not in tensors:
+        return translator, settings, None
+    index = Index(tensors["sources"], tensors["targets"], settings)
+    index.penalties[settings.retrieval] = translator.penalty_
+    return translator, settings, index
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts."""
     if not path.exists():
         raise FileNotFoundError(f"{OP}: path must be a file of save, got {path}, which is not there")
-    safetensors = _safetensors("safetensors")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-            metadata = dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{OP}: path must be a whole safetensors file, got {path}, which is not ({error})"
-        ) from error
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{OP}: {error}") from error
     try:
         facts = json.loads(metadata.get(_KEY, "null"))
     except (ValueError, RecursionError) as error:
@@ -61,19 +121,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """No two share memory, which safetensors refuses."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        apart[name] = tensor if whole and place not in seen else tensor.clone()
-        seen.add(place)
-    return apart
-
-
-def check_shapes(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]]) -> None:
+def _check_shapes(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]]) -> None:
     """That the tensors are there, finite where they are floats, and sizes of one letter are equal."""
     sizes: dict[str, int] = {}
     for name, letters in shapes.items():
@@ -95,10 +143,6 @@ def check_shapes(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str,
             raise ValueError(f"{OP}: {name} of {path} must be {expected}, got {tensor.dtype}")
 
 
-def _safetensors(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{OP}: the file needs safetensors, which is not installed; pip install "fastkit[hf]"'
-        ) from error
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN and no inf."""
+    return value if math.isfinite(value) else None

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from fastkit.methods._options import check_integer, check_number, check_one_of, check_positive
+
 OP = "WordTranslator"
 
 Preset = Literal["robust", "release", "paper"]
@@ -61,21 +63,18 @@ class Settings:
             ("transfer_words", 1), ("transfer_epochs", 1), ("refine_words", 1), ("refine_epochs", 1),
             ("refine_rounds", 1), ("criterion_words", 1), ("neighbors", 1), ("seed", 0),
         ):  # fmt: skip
-            _integer(name, getattr(self, name), least)
+            check_integer(OP, name, getattr(self, name), least)
         if self.seed >= 2**63:
             raise ValueError(f"{OP}: seed must be below 2^63, got {self.seed}")
         for name in ("lr", "eps", "isf_beta"):
-            _number(name, getattr(self, name))
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{OP}: {name} must be positive and finite, got {getattr(self, name)}")
-        _number("cycle_weight", self.cycle_weight)
-        if not (self.cycle_weight >= 0 and math.isfinite(self.cycle_weight)):
+            check_positive(OP, name, getattr(self, name))
+        if not 0 <= check_number(OP, "cycle_weight", self.cycle_weight) < math.inf:
             raise ValueError(f"{OP}: cycle_weight must be finite and not negative, got {self.cycle_weight}")
         self._check_tuples()
         for name, options in (
             ("transfer", Transfer), ("refine", Refine), ("dictionary", Dictionary), ("retrieval", Retrieval),
         ):  # fmt: skip
-            one_of(name, getattr(self, name), get_args(options))
+            check_one_of(OP, name, getattr(self, name), get_args(options))
         if not isinstance(self.allow_rect, bool):
             raise TypeError(f"{OP}: allow_rect must be True or False, got {self.allow_rect!r}")
 
@@ -86,15 +85,15 @@ class Settings:
                 raise TypeError(f"{OP}: {name} must be a tuple, got {value!r}")
             object.__setattr__(self, name, tuple(value))
         for epoch in self.halvings:
-            _integer("an epoch of halvings", epoch, 0)
+            check_integer(OP, "an epoch of halvings", epoch, 0)
         if list(self.halvings) != sorted(set(self.halvings)):
             raise ValueError(f"{OP}: halvings must be epochs in ascending order, got {self.halvings}")
         for beta in self.betas:
-            _number("a beta", beta)
+            check_number(OP, "a beta", beta)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"{OP}: betas must be two numbers in [0, 1), got {self.betas}")
         for step in self.preprocess:
-            one_of("a step of preprocess", step, get_args(Step))
+            check_one_of(OP, "a step of preprocess", step, get_args(Step))
 
     def facts(self) -> dict[str, Any]:
         """What decides the maps, as plain values."""
@@ -105,30 +104,12 @@ class Settings:
 
 def resolve(preset: Any, options: Mapping[str, Any]) -> Settings:
     """The preset with the options that are not None."""
-    one_of("preset", preset, tuple(PRESETS))
+    check_one_of(OP, "preset", preset, tuple(PRESETS))
     given = {name: value for name, value in options.items() if value is not None}
     settings = dataclasses.replace(PRESETS[preset], **given)
     if settings.refine == "reciprocal_icp" and "refine_words" not in given:
         settings = dataclasses.replace(settings, refine_words=_WORDS_OF_RECIPROCAL_ICP)
     return settings
-
-
-def one_of(name: str, value: object, options: tuple[object, ...]) -> None:
-    if value not in options:
-        listed = ", ".join(repr(option) for option in options)
-        raise ValueError(f"{OP}: {name} must be one of {listed}, got {value!r}")
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{OP}: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{OP}: {name} must be at least {least}, got {value}")
-
-
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{OP}: {name} must be a number, got {value!r}")
 
 
 _RELEASE = Settings(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from fastkit.methods.word_translation import files
 from fastkit.methods.word_translation.alignment import align_tables
 from fastkit.methods.word_translation.checkpoint import Stages, digest
 from fastkit.methods.word_translation.checks import as_pairs, check_tables, warn_of_few
-from fastkit.methods.word_translation.retrieval import Translations, penalty, search
+from fastkit.methods.word_translation.retrieval import Index, Score, Translations
 from fastkit.methods.word_translation.settings import (
     OP,
     OPTIONS,
@@ -30,20 +29,10 @@ from fastkit.methods.word_translation.settings import (
     Settings,
     Step,
     Transfer,
-    one_of,
     resolve,
 )
 from fastkit.methods.word_translation.tables import apply_steps, as_table, mapped, preprocessed, unit
 from fastkit.methods.word_translation.trials import KEPT, Candidate, advice
-
-_QUERIES = 4096  # of a score at a time
-
-
-class Score(NamedTuple):
-    """What ``WordTranslator.score`` returns."""
-
-    precision: dict[int, float]  # k: the part of the queries with a right translation among the first k
-    queries: int  # words with a translation among the pairs
 
 
 class WordTranslator:
@@ -146,6 +135,8 @@ class WordTranslator:
     restart_seeds_: Tensor
     penalty_: Tensor | None
     timings_: dict[str, float]
+    _fitted: Settings
+    _index: Index | None
 
     def __init__(
         self,
@@ -289,9 +280,8 @@ class WordTranslator:
             own_y, means_y = preprocessed("Y", y, settings.preprocess)
         alignment = align_tables(x, y, own_x, own_y, known, settings, stages)
         with stages.timed("retrieval"):
-            sources = unit(mapped(own_x, alignment.maps.w_xy))
-            targets = unit(own_y)
-            charged = _penalty(sources, targets, settings, settings.retrieval)
+            index = Index(unit(mapped(own_x, alignment.maps.w_xy)), unit(own_y), settings)
+            charged = index.penalty(settings.retrieval)
         none = torch.zeros(0, dtype=torch.int64, device=x.device)
         restarts, trials, count = alignment.restarts, alignment.trials, settings.restarts
         self.w_xy_, self.w_yx_ = alignment.maps
@@ -308,26 +298,18 @@ class WordTranslator:
         self.restart_nearest_: Tensor = none if restarts is None else restarts.nearest_target[:count].int()
         self.penalty_ = charged
         self.timings_ = stages.timings
-        self._keep(settings, (sources, targets))
+        # What was fitted is used with the options of its fit, whatever set_params says later.
+        self._fitted, self._index = settings, index
         if trials is not None and not self.converged_:
             # At the caller of fit, which no_grad wraps.
             warnings.warn(advice(trials, alignment.agreement, count), stacklevel=3)
         return self
 
-    def _options(self) -> dict[str, Any]:
-        return {name: value for name, value in self.get_params().items() if name in OPTIONS}
-
     def _settings(self, *, supervised: bool) -> Settings:
-        options = self._options()
+        options = {name: value for name, value in self.get_params().items() if name in OPTIONS}
         if supervised and options["refine"] is None:
             options["refine"] = "none"
         return resolve(self.preset, options)
-
-    def _keep(self, settings: Settings, tables: tuple[Tensor, Tensor] | None) -> None:
-        """What was fitted is used with the options of its fit, whatever ``set_params`` says later."""
-        self._fitted = settings
-        self._tables = tables
-        self._penalties: dict[Retrieval, Tensor | None] = {settings.retrieval: self.penalty_}
 
     # Use
 
@@ -369,7 +351,7 @@ class WordTranslator:
         """
         self._check_fitted("translate")
         rows = self._own("vectors", vectors, self.means_x_, self.w_xy_)
-        return self._search(unit(mapped(rows, self.w_xy_)), k, retrieval)
+        return self._tables().search(unit(mapped(rows, self.w_xy_)), k, retrieval)
 
     @torch.no_grad()
     def score(
@@ -385,42 +367,15 @@ class WordTranslator:
         of rows of a dictionary of words, and has its coverage.
         """
         self._check_fitted("score")
-        sources, targets = self._both()
-        rows_of = as_pairs(pairs, sources, targets)
-        if not ks or not all(isinstance(k, int) and 1 <= k <= len(targets) for k in ks):
-            raise ValueError(f"{OP}: ks must be between 1 and the {len(targets)} words of Y, got {ks!r}")
-        rows, query = rows_of[:, 0].unique(return_inverse=True)
-        most = max(ks)
-        found = torch.cat(
-            [self._search(sources[some], most, retrieval).indices for some in rows.split(_QUERIES)]
-        )
-        hit = found[query] == rows_of[:, 1:]  # (P, most)
-        rank = torch.where(hit.any(1), hit.int().argmax(1), most)
-        best = torch.full_like(rows, most).scatter_reduce_(0, query, rank, "amin")
-        return Score({k: (best < k).double().mean().item() for k in ks}, len(rows))
+        return self._tables().score(pairs, ks, retrieval)
 
-    def _search(self, queries: Tensor, k: int, retrieval: Retrieval | None) -> Translations:
-        settings = self._fitted
-        retrieval = settings.retrieval if retrieval is None else retrieval
-        one_of("retrieval", retrieval, ("csls", "isf", "nn"))
-        sources, targets = self._both()
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(targets):
-            raise ValueError(f"{OP}: k must be between 1 and the {len(targets)} words of Y, got {k!r}")
-        if retrieval not in self._penalties:
-            self._penalties[retrieval] = _penalty(sources, targets, settings, retrieval)
-        return search(
-            queries, targets, k, retrieval, self._penalties[retrieval],
-            neighbors=settings.neighbors, beta=settings.isf_beta,
-        )  # fmt: skip
-
-    def _both(self) -> tuple[Tensor, Tensor]:
-        """Sources, mapped, and targets, in rows of norm 1."""
-        if self._tables is None:
+    def _tables(self) -> Index:
+        if self._index is None:
             raise RuntimeError(
                 f"{OP}: translations must have the tables, got a file of save(tables=False); save it with"
                 " them, or search by transform(X)"
             )
-        return self._tables
+        return self._index
 
     def _own(self, name: str, value: object, means: Tensor, w: Tensor) -> Tensor:
         """Rows of one of the spaces, preprocessed."""
@@ -448,69 +403,10 @@ class WordTranslator:
                 ``4 (n + m) E`` bytes; without them a file has the maps, and ``transform`` and ``inverse``.
         """
         self._check_fitted("save")
-        tensors = {name: getattr(self, name) for name in _SHAPES}
-        if self.penalty_ is not None:
-            tensors["penalty_"] = self.penalty_
-        if tables:
-            tensors["sources"], tensors["targets"] = self._both()
-        facts = {name: getattr(self, name) for name in _FACTS}
-        facts["control_score_"] = None if math.isnan(self.control_score_) else self.control_score_
-        facts["candidates_"] = [
-            {**c._asdict(), "cost": c.cost if math.isfinite(c.cost) else None} for c in self.candidates_
-        ]
-        facts |= {"params": self.get_params(), "settings": dataclasses.asdict(self._fitted)}
-        files.write(Path(path), tensors, facts)
+        files.save(Path(path), self, self._fitted, self._tables() if tables else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
         """What ``save`` wrote; a file that is cut off, or of something else, is refused."""
-        path = Path(path)
-        tensors, facts = files.read(path)
-        shapes = dict(_SHAPES)
-        if "penalty_" in tensors:
-            shapes["penalty_"] = ("m",)
-        if {"sources", "targets"} & set(tensors):
-            shapes |= {"sources": ("n", "E"), "targets": ("m", "E")}
-        files.check_shapes(path, tensors, shapes)
-        try:
-            params = {name: _tuple(value) for name, value in facts["params"].items()}
-            translator = cls(**params)
-            settings = Settings(**facts["settings"])
-            candidates = [
-                Candidate(**{**c, "cost": math.inf if c["cost"] is None else c["cost"]})
-                for c in facts["candidates_"]
-            ]
-            for name in _FACTS:
-                setattr(translator, name, facts[name])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{OP}: {path} must have options and figures, got others ({error!r})") from error
-        if len(settings.preprocess) != len(tensors["means_x_"]) or (
-            (settings.retrieval == "nn") != ("penalty_" not in tensors)
-        ):
-            raise ValueError(f"{OP}: {path} must have tensors of its options, got others")
-        for name in shapes:
-            tensors[name] = tensors[name].to(device)
-            if name.endswith("_"):
-                setattr(translator, name, tensors[name])
-        translator.penalty_ = tensors.get("penalty_")
-        translator.candidates_ = candidates
-        if translator.control_score_ is None:  # pyright: ignore[reportUnnecessaryComparison]
-            translator.control_score_ = math.nan
-        both = (tensors["sources"], tensors["targets"]) if "sources" in tensors else None
-        translator._keep(settings, both)
+        translator, translator._fitted, translator._index = files.load(Path(path), cls, device)
         return translator
-
-
-_SHAPES: dict[str, tuple[str, ...]] = {
-    "w_xy_": ("E", "D"), "w_yx_": ("D", "E"), "means_x_": ("steps", "D"), "means_y_": ("steps", "E"),
-    "restart_costs_": ("R",), "restart_mutual_": ("R",), "restart_epochs_": ("R",), "restart_seeds_": ("R",),
-}  # fmt: skip
-_FACTS = ("converged_", "control_score_", "criterion_", "best_restart_", "timings_")
-
-
-def _penalty(sources: Tensor, targets: Tensor, settings: Settings, retrieval: Retrieval) -> Tensor | None:
-    return penalty(sources, targets, retrieval, neighbors=settings.neighbors, beta=settings.isf_beta)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

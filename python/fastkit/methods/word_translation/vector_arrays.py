@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastkit.methods._safetensors import safetensors
 from fastkit.methods.word_translation.vector_rows import KeptRows, Rules
 from fastkit.methods.word_translation.vector_text import Errors
 
@@ -65,9 +64,9 @@ def read_safetensors(
     path: Path, rules: Rules, *, words: Words | None, errors: Errors
 ) -> tuple[KeptRows, bool]:
     """The vectors, and whether they have words."""
-    safetensors = _safetensors("safetensors", f"load_vectors: {rules.name}")
+    library = safetensors("safetensors", f"load_vectors: {rules.name}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with library.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             if "vectors" not in list(file.keys()):
                 raise rules.error(f"must have a tensor vectors, got {sorted(file.keys())}")
@@ -79,7 +78,7 @@ def read_safetensors(
             if names is None:
                 names = _words_of(path, rules, words, errors)
             return _keep(rules, table, names, shape), names is not None
-    except safetensors.SafetensorError as error:
+    except library.SafetensorError as error:
         raise rules.error(f"must be a whole safetensors file, got one that is not ({error})") from error
 
 
@@ -98,7 +97,7 @@ def metadata_of(words: Sequence[str]) -> dict[str, str]:
 
 
 def write_safetensors(path: Path, metadata: dict[str, str], vectors: Tensor) -> None:
-    _safetensors("safetensors.torch", "save_vectors").save_file({"vectors": vectors}, path, metadata)
+    safetensors("safetensors.torch", "save_vectors").save_file({"vectors": vectors}, path, metadata)
 
 
 def words_file(path: Path) -> Path:
@@ -204,12 +203,3 @@ def _words_of(path: Path, rules: Rules, words: Words | None, errors: Errors) -> 
         _decoded(rules, line.removesuffix(b"\r"), f"line {i} of {file}", errors)
         for i, line in enumerate(lines, 1)
     ]
-
-
-def _safetensors(module: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{what} needs safetensors, which is not installed; pip install "fastkit[hf]"'
-        ) from error
