@@ -49,8 +49,13 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "iir_scan_bwd(Tensor gy, Tensor? gend_y, Tensor? gend_x, Tensor x, Tensor? y, Tensor? borders, Tensor a, "
       "Tensor? b, Tensor? state_y, Tensor? state_x, Tensor? cu_seqlens, int chunk, bool carry, bool needs_x, "
       "bool needs_coefficients) -> (Tensor gx, Tensor ga, Tensor gb, Tensor gstate_y, Tensor gstate_x)");
-  // S filters one after another, (a1, a2) and (b0, b1, b2) the rows of a (S,2) and b (S,3).
-  m.def("sosfilt_fwd(Tensor x, Tensor a, Tensor b) -> Tensor");
+  // S filters one after another, (a1, a2) and (b0, b1, b2) the rows of a (S,2) and b (S,3). borders: what backward
+  // takes for the gradients of these; empty where not needed, and of one filter, whose backward takes y instead.
+  m.def("sosfilt_fwd(Tensor x, Tensor a, Tensor b, bool needs_borders) -> (Tensor y, Tensor borders)");
+  // Its gradients to x, a and b.
+  m.def(
+      "sosfilt_bwd(Tensor gy, Tensor x, Tensor borders, Tensor a, Tensor b, bool needs_x, bool needs_coefficients) -> "
+      "(Tensor gx, Tensor ga, Tensor gb)");
   // One sample of every row: x (B,C), a (B|1,C|1[,F],2), b (B|1,C|1[,F],3), states as above.
   m.def(
       "iir_step_fwd(Tensor x, Tensor a, Tensor? b, Tensor state_y, Tensor state_x) -> "

@@ -5,7 +5,7 @@ import torch
 
 from fastkit import reference
 from fastkit._threads import threads
-from fastkit.ops import sosfilt
+from fastkit.ops import iir_scan, sosfilt
 from fastkit.testing import Size, assert_matches_reference
 from fastkit.testing.iir_scan import expected_results, make_inputs
 
@@ -150,6 +150,93 @@ def test_only_some_gradients_of_sosfilt(impl, shape, wanted):
     full = run((0, 1))
     for i, grad in enumerate(run(wanted)):
         assert torch.equal(grad, full[i]) if i in wanted else grad is None
+
+
+def filtered_in_turn(x, sos, impl):
+    for section in (sos / sos[:, 3:4])[:, None, None, None]:
+        x = iir_scan(x, section[..., 4:], section[..., :3], impl=impl)
+    return x
+
+
+def with_gradients(filtered, x, sos, gy, impl):
+    leaves = [t.detach().requires_grad_() for t in (x, sos)]
+    y = filtered(*leaves, impl=impl)
+    return y.detach(), *torch.autograd.grad(y, leaves, gy)
+
+
+LONG = [
+    (2, (1, 1), 30_001, 1),
+    (3, (2, 3), 6 * 6528 + 1, 16),  # a row a thread, in blocks of which the last is one sample
+    (2, (1, 5), 6 * 8192, 16),
+    (3, (2, 9), 385, 1),
+    (4, (1, 17), 1024, 2),
+    (1, (3, 3), 129, 1),
+    (9, (3, 3), 128, 1),
+    (2, (1, 2), 600_001, 1),  # written past the caches, as is the next
+    (2, (1, 17), 70_000, 1),
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("sections", "rows", "T", "count"), LONG, ids=str)
+def test_sosfilt_is_its_sections_in_turn(native, sections, rows, T, count, layout):
+    """What backward computes again it takes up from states at tiles' and at blocks' starts."""
+    torch.manual_seed(0)
+    x, gy = torch.randn(2, *rows, T, dtype=torch.float64)
+    if layout == "channels_last":
+        x, gy = (t.mT.contiguous().mT for t in (x, gy))
+    sos = make_sections(sections, torch.float64)
+    with threads(count):
+        found, expected = (
+            with_gradients(filtered, x, sos, gy, native) for filtered in (sosfilt, filtered_in_turn)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        for again, first in zip(with_gradients(sosfilt, x, sos, gy, native), found, strict=True):
+            assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sosfilt_of_half_precision_and_many_threads(native, dtype):
+    """Rounds what it is given and what it gives, and nothing in between."""
+    torch.manual_seed(0)
+    x, gy = torch.randn(2, 2, 3, 20_481).to(dtype)
+    sos = make_sections(3, torch.float32)
+    with threads(16):
+        y, gx, gsos = with_gradients(sosfilt, x, sos, gy, native)
+        exact_y, exact_gx, exact_gsos = with_gradients(sosfilt, x.double(), sos.double(), gy.double(), native)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), exact_y, rtol=eps, atol=1e-5)
+    torch.testing.assert_close(gx.double(), exact_gx, rtol=eps, atol=1e-5)
+    assert (gsos - exact_gsos).abs().max() < 1e-4 * exact_gsos.abs().max()
+
+
+@pytest.mark.parametrize(("sections", "rows", "T", "count"), LONG, ids=str)
+def test_sosfilt_is_not_finite_where_its_sections_are_not(native, sections, rows, T, count):
+    torch.manual_seed(0)
+    x, gy = torch.randn(2, *rows, T)
+    sos = make_sections(sections, torch.float32)
+    x[..., 0, T // 2] = torch.inf
+    gy[..., -1, T // 3] = torch.nan
+    with threads(count):
+        found, expected = (
+            with_gradients(filtered, x, sos, gy, native) for filtered in (sosfilt, filtered_in_turn)
+        )
+    for name, actual, wanted in zip(("y", "gx", "gsos"), found, expected, strict=True):
+        assert torch.equal(actual.isfinite(), wanted.isfinite()), name
+
+
+def test_sosfilt_keeps_little_for_backward(native):
+    """States of every 128 samples, and what it was given."""
+    x, sos = torch.randn(16, 1280).requires_grad_(), make_sections(4, torch.float32).requires_grad_()
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        sosfilt(x, sos, impl=native)
+    assert sum(kept.values()) < 1.1 * x.nbytes
 
 
 @pytest.mark.parametrize("shape", [(0, 9), (2, 0, 9)], ids=str)

@@ -103,8 +103,18 @@ def test_opcheck_of_dtypes(native, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_of_a_cascade(native, layout, dtype):
-    x, a, b, _ = make_inputs(Size(2, 3, 9, None), dtype=dtype)
-    opcheck(RAW.sosfilt_fwd.default, (LAYOUTS[layout](x), a[0, :, 0], b[0, :, 0]))
+    x, a, b, gy = make_inputs(Size(2, 3, 9, None), dtype=dtype)
+    x, a, b = LAYOUTS[layout](x), a[0, :, 0], b[0, :, 0]
+    forward, backward = RAW.sosfilt_fwd.default, RAW.sosfilt_bwd.default
+    opcheck(forward, (x, a, b, False))
+    for sections in ((a, b), (a[:1], b[:1])):
+        # As of a bank: of the borders some are not written.
+        opcheck(forward, (x, *sections, True), test_utils=("test_schema", "test_faketensor"))
+        y, borders = forward(x, *sections, True)
+        kept = borders if len(sections[0]) > 1 else y
+        for needs in itertools.product((False, True), repeat=2):
+            checks = TRACED if all(needs) else CHECKS
+            opcheck(backward, (gy, x, kept, *sections, *needs), test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

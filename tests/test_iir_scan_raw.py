@@ -119,7 +119,7 @@ def test_raw_scan_of_a_bank_without_filters(native):
             x, a[:, :, :, :0], b[:, :, :, :0], None, None, None, ONE_CHUNK, True, False, False
         )
     with pytest.raises(RuntimeError):
-        torch.ops.fastkit.sosfilt_fwd(x, a[0, 0, 0, :0], b[0, 0, 0, :0])
+        torch.ops.fastkit.sosfilt_fwd(x, a[0, 0, 0, :0], b[0, 0, 0, :0], False)
     no_state = torch.zeros(2, 3, 0, 2), torch.zeros(2, 3, 2)
     with pytest.raises(RuntimeError):
         torch.ops.fastkit.iir_step_fwd(x[..., 0], a[:, :, 0, :0], None, *no_state)
@@ -207,8 +207,9 @@ def test_raw_step_misused(native, filters, misuse):
 
 
 def test_raw_cascade_misused(native):
-    x, a, b, _ = make_inputs(Size(2, 3, 9, None))
+    x, a, b, gy = make_inputs(Size(2, 3, 300, None))
     a, b = a[0, :, 0], b[0, :, 0]
+    borders = torch.ops.fastkit.sosfilt_fwd(x, a, b, True)[1]
     for call in (
         (x[0], a, b),
         (x, a[0], b),
@@ -219,10 +220,50 @@ def test_raw_cascade_misused(native):
         (x.double(), a, b),
         (x.int(), a, b),
         (x, a.half(), b),
+        (x, a, b.half()),
         (x, a[:0], b[:0]),
+        (x, a.to("meta"), b),
+        (x, a, b.to("meta")),
     ):
-        with pytest.raises(RuntimeError):
-            torch.ops.fastkit.sosfilt_fwd(*call)
+        with pytest.raises(RuntimeError, match=r"sosfilt: |iir_scan: "):
+            torch.ops.fastkit.sosfilt_fwd(*call, True)
+        changed, *coefficients = call
+        for needs in ((True, True), (True, False)):
+            with pytest.raises(RuntimeError, match=r"sosfilt: |iir_scan: "):
+                torch.ops.fastkit.sosfilt_bwd(gy, changed, borders, *coefficients, *needs)
+
+
+CASCADE_MISUSE = {
+    "gy": [
+        lambda t: t[0], lambda t: t[:1], lambda t: t[:, :2], lambda t: t[..., :-1], lambda t: t.double(),
+        lambda t: t.to("meta"),
+    ],
+    "x": [lambda t: t[..., :-1], lambda t: t[:, :2], lambda t: of(t, d2=500), lambda t: of(t, d0=3)],
+    "borders": [
+        lambda t: t[0], lambda t: t[:1], lambda t: t[:, :-1], lambda t: t[:, :, :2], lambda t: t[:, :, :, :1],
+        lambda t: t[..., :2], lambda t: t.double(), lambda t: t.new_empty(0), lambda t: t.to("meta"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("misuse", CASCADE_MISUSE)
+def test_raw_backward_of_a_cascade_misused(native, misuse):
+    x, a, b, gy = make_inputs(Size(2, 3, 300, None))
+    a, b = a[0, :, 0], b[0, :, 0]
+    call = {"gy": gy, "x": x, "borders": torch.ops.fastkit.sosfilt_fwd(x, a, b, True)[1]}
+    for change in CASCADE_MISUSE[misuse]:
+        misused = {**call, misuse: change(call[misuse])}
+        with pytest.raises(RuntimeError, match=r"sosfilt: |iir_scan: "):
+            torch.ops.fastkit.sosfilt_bwd(*misused.values(), a, b, True, True)
+
+
+def test_raw_backward_of_one_section_takes_y(native):
+    x, a, b, gy = make_inputs(Size(2, 3, 300, None))
+    a, b = a[0, :1, 0], b[0, :1, 0]
+    y, borders = torch.ops.fastkit.sosfilt_fwd(x, a, b, True)
+    for other in (borders, y[0], y[..., :-1], y[:, :2], y.double(), y.to("meta")):
+        with pytest.raises(RuntimeError, match=r"sosfilt: borders, of one filter y,|iir_scan: .* one device"):
+            torch.ops.fastkit.sosfilt_bwd(gy, x, other, a, b, True, True)
 
 
 def test_raw_ops_refuse_tensors_of_two_devices(native):

@@ -2,10 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <memory>
 #include <optional>
 #include <tuple>
 
+#include "common/aligned.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/ranges.h"
@@ -16,25 +16,6 @@ namespace {
 
 using torch::stable::contiguous;
 using torch::stable::new_empty;
-
-constexpr size_t kLineBytes = 64;
-
-// Memory that begins on a cache line.
-template <class U>
-class Aligned {
- public:
-  explicit Aligned(int64_t count) {
-    size_t size = static_cast<size_t>(count) * sizeof(U), bytes = size + kLineBytes;
-    bytes_.reset(new char[bytes]);
-    void* aligned = bytes_.get();
-    data_ = static_cast<U*>(std::align(kLineBytes, size, aligned, bytes));
-  }
-  U* data() const { return data_; }
-
- private:
-  std::unique_ptr<char[]> bytes_;
-  U* data_;
-};
 
 struct Result {
   Tensor w_xy, w_yx, nearest_target, nearest_source, cost, mutual;

@@ -1,6 +1,5 @@
 // icp_epoch: tensors -> raw pointers, for CUDA. Empty in a build without it.
 #ifdef FASTKIT_WITH_CUDA
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -52,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> icp_epoch_fwd(
   FASTKIT_CHECK(batch_size >= 1, "icp_epoch: batch_size must be at least 1");
   FASTKIT_CHECK(nearest_target.has_value() == nearest_source.has_value(),
                 "icp_epoch: nearest_target and nearest_source must be given both or neither");
-  const torch::stable::accelerator::DeviceGuard device(source.get_device_index());
+  const auto device = device_guard(source);
   const Tensor x = dense("source", source, source, ScalarType::Float, {n, D});
   const Tensor y = dense("target", target, source, ScalarType::Float, {m, D});
   const Tensor xy = dense("w_xy", w_xy, source, ScalarType::Float, {R, D, D});
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> icp_epoch_fwd(
     call.nearest_target = data<int64_t>(there), call.nearest_source = data<int64_t>(back);
     call.cost = data<float>(cost), call.mutual = data<int64_t>(mutual);
     StreamMemory memory{source};
-    check_launch("icp_epoch", icp_epoch_cuda(call, current_stream(source.get_device_index()), std::ref(memory)));
+    check_launch("icp_epoch", icp_epoch_cuda(call, current_stream(source), std::ref(memory)));
   }
   return {new_xy, new_yx, there, back, cost, mutual};
 }

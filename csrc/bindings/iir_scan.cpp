@@ -1,5 +1,4 @@
 // iir_scan: tensors -> raw pointers and strides, for the CPU and CUDA.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -30,10 +29,6 @@ constexpr int64_t kOneChunk = int64_t{1} << 62;      // the chunk of one filter 
 constexpr int64_t kLongestCuda = (int64_t{1} << 31) - 65536;  // its kernels count samples of a row in 32 bits
 
 constexpr int kChannels = 1, kTime = 2;
-
-bool together(const Tensor& x, const Tensor& t) {
-  return (t.is_cpu() || t.is_cuda()) && t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index();
-}
 
 bool has_unit_stride(const Tensor& x, int axis) { return x.stride(axis) == 1 || x.size(axis) == 1; }
 
@@ -77,7 +72,7 @@ struct Packing {
 
   Packing(const Tensor& cu_seqlens, const Tensor& x, int64_t chunk)
       : sequences(cu_seqlens.dim() == 1 ? cu_seqlens.size(0) - 1 : -1) {
-    FASTKIT_CHECK(together(x, cu_seqlens) && sequences >= 0,
+    FASTKIT_CHECK(same_device(x, cu_seqlens) && sequences >= 0,
                   "iir_scan: cu_seqlens must be on the device of x and have shape (S + 1,)");
     const bool narrow = cu_seqlens.scalar_type() == ScalarType::Int;
     FASTKIT_CHECK(narrow || cu_seqlens.scalar_type() == ScalarType::Long,
@@ -88,7 +83,7 @@ struct Packing {
       auto* data = static_cast<int64_t*>(device_values->data_ptr());
       offsets = data, first_chunks = data + sequences + 1;
 #ifdef FASTKIT_WITH_CUDA
-      void* const stream = current_stream(x.get_device_index());
+      void* const stream = current_stream(x);
       const bool one = chunk == kOneChunk;
       const auto unpack = [&](const auto* values) {
         check_launch("iir_scan", iir_scan_unpack_cuda(values, sequences, x.size(2), chunk, one, data,
@@ -194,7 +189,8 @@ struct Arguments {
   std::optional<Tensor> state(const char* name, const std::optional<Tensor>& t, bool each_filter) const {
     if (!t) return std::nullopt;
     const std::vector<int64_t> shape = of_state(each_filter);
-    bool fits = together(x, *t) && t->scalar_type() == arithmetic(x) && t->dim() == static_cast<int64_t>(shape.size());
+    bool fits = same_device(x, *t) && t->scalar_type() == arithmetic(x) &&
+                t->dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i) fits = t->size(static_cast<int64_t>(i)) == shape[i];
     FASTKIT_CHECK(fits, "iir_scan: ", name,
                   " must be on the device of x and have the dtype of the coefficients and shape (",
@@ -204,7 +200,7 @@ struct Arguments {
 
  private:
   void check_coefficients(const char* name, const Tensor& c, int64_t taps) const {
-    FASTKIT_CHECK(together(x, c) && c.scalar_type() == arithmetic(x), "iir_scan: ", name,
+    FASTKIT_CHECK(same_device(x, c) && c.scalar_type() == arithmetic(x), "iir_scan: ", name,
                   " must be on the device of x and have its dtype, float32 for half precision");
     const int64_t last = bank ? 4 : 3;
     FASTKIT_CHECK(c.dim() == a.dim() && (c.size(0) == 1 || c.size(0) == x.size(0)) &&
@@ -248,10 +244,10 @@ T* results(const Tensor& t, bool wanted) {
   return wanted ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
 
-void check_like(const char* name, const Tensor& g, const Tensor& x) {
-  FASTKIT_CHECK(together(x, g) && g.scalar_type() == x.scalar_type() && g.dim() == 3 && g.size(0) == x.size(0) &&
+void check_like(const char* name, const Tensor& g, const Tensor& x, const char* op = "iir_scan") {
+  FASTKIT_CHECK(same_device(x, g) && g.scalar_type() == x.scalar_type() && g.dim() == 3 && g.size(0) == x.size(0) &&
                     g.size(1) == x.size(1) && g.size(2) == x.size(2),
-                "iir_scan: ", name, " must have x's device, shape and dtype");
+                op, ": ", name, " must have x's device, shape and dtype");
 }
 
 // The call's shape, coefficients and state.
@@ -293,7 +289,7 @@ void run(const IirScanForward<E>& p, const Tensor& x) {
   }
 #ifdef FASTKIT_WITH_CUDA
   StreamMemory memory{x};
-  check_launch("iir_scan", iir_scan_forward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
+  check_launch("iir_scan", iir_scan_forward_cuda<E>(p, current_stream(x), std::ref(memory)));
 #endif
 }
 
@@ -306,15 +302,8 @@ void run(const IirScanBackward<E>& p, const Tensor& x) {
   }
 #ifdef FASTKIT_WITH_CUDA
   StreamMemory memory{x};
-  check_launch("iir_scan", iir_scan_backward_cuda<E>(p, current_stream(x.get_device_index()), std::ref(memory)));
+  check_launch("iir_scan", iir_scan_backward_cuda<E>(p, current_stream(x), std::ref(memory)));
 #endif
-}
-
-using torch::stable::accelerator::DeviceGuard;
-
-// Makes x's device the current one.
-std::optional<DeviceGuard> guard(const Tensor& x) {
-  return x.is_cuda() ? std::optional<DeviceGuard>(std::in_place, x.get_device_index()) : std::nullopt;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> iir_scan_fwd(const Tensor& x, const Tensor& a,
@@ -323,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> iir_scan_fwd(const Tensor& x, const T
                                                         const std::optional<Tensor>& state_x,
                                                         const std::optional<Tensor>& cu_seqlens, int64_t chunk,
                                                         bool carry, bool needs_end, bool needs_borders) {
-  const auto device = guard(x);
+  const auto device = device_guard(x);
   const Arguments call(x, a, b, state_y, state_x, cu_seqlens, chunk, carry);
   Tensor y = empty_like(x);
   if (call.packing && x.is_cuda()) zero_(y);  // offsets that do not fit may leave samples out
@@ -355,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iir_scan_bwd(
     const std::optional<Tensor>& y, const std::optional<Tensor>& borders, const Tensor& a,
     const std::optional<Tensor>& b, const std::optional<Tensor>& state_y, const std::optional<Tensor>& state_x,
     const std::optional<Tensor>& cu_seqlens, int64_t chunk, bool carry, bool needs_x, bool needs_coefficients) {
-  const auto device = guard(x);
+  const auto device = device_guard(x);
   if (x.is_cuda() && a.dim() == 5 && x.scalar_type() != a.scalar_type()) {  // a bank's sums round once
     const auto wide = [&](const Tensor& t) { return torch::stable::to(t, a.scalar_type()); };
     auto [sum, ga, gb, gstate_y, gstate_x] =
@@ -413,28 +402,105 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iir_scan_bwd(
   return {gx, ga, gb, gstate_y, gstate_x};
 }
 
-Tensor sosfilt_fwd(const Tensor& x, const Tensor& a, const Tensor& b) {
-  FASTKIT_CHECK(x.is_cpu(), "sosfilt: x must be on the CPU");
-  FASTKIT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(0), "sosfilt: a must be (S, 2) and b (S, 3)");
-  // A bank's axes, without a copy: one batch entry, channel and chunk.
-  const Tensor sections_a = torch::stable::view(contiguous(a), {1, 1, 1, a.size(0), 2});
-  const Tensor sections_b = torch::stable::view(contiguous(b), {1, 1, 1, b.size(0), 3});
-  const std::optional<Tensor> numerator = sections_b;
-  const Arguments call(x, sections_a, numerator, {}, {}, {}, kOneChunk, true);
+// The sections of a cascade with a bank's axes: one batch entry, channel and chunk.
+struct Sections {
+  Tensor a;
+  std::optional<Tensor> b;
+
+  Sections(const Tensor& x, const Tensor& a, const Tensor& b) : a(checked(x, "a", a, 2)), b(checked(x, "b", b, 3)) {
+    FASTKIT_CHECK(a.size(0) == b.size(0), "sosfilt: b must have as many rows as a, ", a.size(0), ", got ", b.size(0));
+  }
+
+  static Tensor checked(const Tensor& x, const char* name, const Tensor& c, int64_t taps) {
+    FASTKIT_CHECK(x.is_cpu(), "sosfilt: x must be on the CPU");
+    FASTKIT_CHECK(c.is_cpu() && c.scalar_type() == arithmetic(x), "sosfilt: ", name,
+                  " must be on the CPU and have the dtype of x, float32 for half precision");
+    FASTKIT_CHECK(c.dim() == 2 && c.size(0) >= 1 && c.size(1) == taps, "sosfilt: ", name,
+                  " must have shape (S, ", taps, ") with S >= 1");
+    return torch::stable::view(contiguous(c), {1, 1, 1, c.size(0), taps});
+  }
+};
+
+std::tuple<Tensor, Tensor> sosfilt_fwd(const Tensor& x, const Tensor& a, const Tensor& b, bool needs_borders) {
+  const Sections sections(x, a, b);
+  const Arguments call(x, sections.a, sections.b, {}, {}, {}, kOneChunk, true);
   Tensor y = empty_like(x);
+  const bool cascade = call.filters > 1, has_borders = cascade && needs_borders;
+  Tensor borders = new_empty(sections.a, {0});
+  if (has_borders) borders = new_empty(sections.a, {x.size(0), call.borders(), call.filters, 2, x.size(1)});
   const Layout layout(y);
   const Tensor in = layout.readable(x, y), out = layout.writable(y);
   dispatch_floating("sosfilt", x, [&](auto zero) {
     using E = decltype(zero);
     IirScanForward<E> p;
     describe(p, call, layout);
-    p.cascade = true;
+    p.cascade = cascade;
     p.x = input<E>(in, call);
     p.y = output<E>(out, call);
+    p.borders = results<Arithmetic<E>>(borders, has_borders);
     run<E>(p, x);
   });
   layout.finish(y, out);
-  return y;
+  return {y, borders};
+}
+
+// The sum of the rows of (rows, ..) gradients, in their order, shaped like c.
+template <class T>
+Tensor sum_of_rows(const Tensor& rows, const Tensor& c) {
+  Tensor sums = new_empty(c, {c.size(0), c.size(1)});
+  const auto* const from = static_cast<const T*>(rows.data_ptr());
+  auto* const to = static_cast<T*>(sums.data_ptr());
+  const int64_t n = sums.numel();
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t row = 0; row < rows.size(0); ++row) sum += static_cast<double>(from[row * n + i]);
+    to[i] = static_cast<T>(sum);
+  }
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sosfilt_bwd(const Tensor& gy, const Tensor& x, const Tensor& borders,
+                                               const Tensor& a, const Tensor& b, bool needs_x,
+                                               bool needs_coefficients) {
+  const Sections sections(x, a, b);
+  const Arguments call(x, sections.a, sections.b, {}, {}, {}, kOneChunk, true);
+  check_like("gy", gy, x, "sosfilt");
+  const bool cascade = call.filters > 1;
+  if (needs_coefficients && !cascade) check_like("borders, of one filter y,", borders, x, "sosfilt");
+  FASTKIT_CHECK(!needs_coefficients || !cascade ||
+                    (borders.is_cpu() && borders.scalar_type() == a.scalar_type() && borders.dim() == 5 &&
+                     borders.size(0) == x.size(0) && borders.size(1) == call.borders() &&
+                     borders.size(2) == call.filters && borders.size(3) == 2 && borders.size(4) == x.size(1)),
+                "sosfilt: the gradients of coefficients take the borders of the forward");
+  Tensor gx = needs_x ? empty_like(x) : new_empty(x, {0});
+  Tensor ga = new_empty(a, {0}), gb = new_empty(b, {0});
+  const Tensor like = needs_x ? gx : empty_like(x);
+  const Layout layout(like);
+  const Tensor out = needs_x ? layout.writable(gx) : gx;
+  const Tensor gy_in = layout.readable(gy, like), x_in = needs_coefficients ? layout.readable(x, like) : x;
+  std::optional<Tensor> borders_in, y_in;
+  if (needs_coefficients && cascade) borders_in = contiguous(borders);
+  if (needs_coefficients && !cascade) y_in = layout.readable(borders, like);
+  const int64_t rows = needs_coefficients ? x.size(0) * x.size(1) : 0;
+  Tensor rows_a = new_empty(a, {rows, call.filters, 2}), rows_b = new_empty(b, {rows, call.filters, 3});
+  if (x.size(2) == 0) zero_(rows_a), zero_(rows_b);  // of what has no samples
+  dispatch_floating("sosfilt", x, [&](auto zero) {
+    using E = decltype(zero);
+    using T = Arithmetic<E>;
+    IirScanBackward<E> p;
+    describe(p, call, layout);
+    p.cascade = cascade;
+    p.gy = input<E>(gy_in, call);
+    p.x = input<E>(x_in, call);
+    p.borders = values<T>(borders_in);
+    if (y_in) p.y = input<E>(*y_in, call);
+    if (needs_x) p.gx = output<E>(out, call);
+    p.ga = results<T>(rows_a, needs_coefficients), p.gb = results<T>(rows_b, needs_coefficients);
+    run<E>(p, x);
+    if (needs_coefficients) ga = sum_of_rows<T>(rows_a, a), gb = sum_of_rows<T>(rows_b, b);
+  });
+  if (needs_x) layout.finish(gx, out);
+  return {gx, ga, gb};
 }
 
 std::tuple<Tensor, Tensor, Tensor> iir_step_fwd(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b,
@@ -488,6 +554,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkit, CPU, m) {
   m.impl("iir_scan_fwd", TORCH_BOX(&fastkit::iir_scan_fwd));
   m.impl("iir_scan_bwd", TORCH_BOX(&fastkit::iir_scan_bwd));
   m.impl("sosfilt_fwd", TORCH_BOX(&fastkit::sosfilt_fwd));
+  m.impl("sosfilt_bwd", TORCH_BOX(&fastkit::sosfilt_bwd));
   m.impl("iir_step_fwd", TORCH_BOX(&fastkit::iir_step_fwd));
 }
 

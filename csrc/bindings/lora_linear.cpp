@@ -27,9 +27,6 @@ void check_rows(const char* name, const Tensor& t, int64_t columns, const Tensor
                 ") and the dtype of x");
 }
 
-// The tensor itself where its columns have stride 1, else a copy.
-Tensor readable(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : contiguous(t); }
-
 template <class U, class E>
 Rows<U> rows(E* data, const Tensor& t) {
   return {data, t.stride(0)};
@@ -100,8 +97,8 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_(const Tensor& y, const Tensor& x, co
   check_rows("y", y, b.size(0), x);
   FASTKIT_CHECK(y.stride(1) == 1 || y.size(1) <= 1, "lora_linear: the columns of y must have stride 1");
   if (lora_x) check_rows("lora_x", *lora_x, a.size(1), x);
-  const Tensor in = readable(lora_x ? *lora_x : x);
-  const Tensor observed = lora_x && needs_square_sum ? readable(x) : in;
+  const Tensor in = readable_rows(lora_x ? *lora_x : x);
+  const Tensor observed = lora_x && needs_square_sum ? readable_rows(x) : in;
   Tensor h = new_empty(adapter.a, {x.size(0), a.size(0)});
   Tensor square_sum = new_empty(x, {needs_square_sum ? a.size(1) : 0}, ScalarType::Float);
   dispatch_floating("lora_linear", x, [&](auto zero) {
@@ -132,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd_(const std::optional<Tensor>&
   FASTKIT_CHECK(h.is_cpu() && h.scalar_type() == arithmetic(x) && h.dim() == 2 && h.size(0) == x.size(0) &&
                     h.size(1) == a.size(0),
                 "lora_linear: h must be what the forward gave");
-  const Tensor in = readable(x), gy_in = readable(gy), h_in = contiguous(h);
+  const Tensor in = readable_rows(x), gy_in = readable_rows(gy), h_in = contiguous(h);
   const auto when = [&](bool wanted, std::initializer_list<int64_t> shape) {
     return wanted ? new_empty(adapter.a, shape) : new_empty(adapter.a, {0});
   };

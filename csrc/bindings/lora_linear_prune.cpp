@@ -1,5 +1,4 @@
 // The pruning of lora_linear's A: tensors -> raw pointers, for the CPU and, of rows, CUDA.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -28,7 +27,7 @@ constexpr int64_t kLongestRow = int64_t{1} << 30;  // kernels count its entries 
 
 Tensor column_square_sums(const Tensor& x) {
   FASTKIT_CHECK(x.is_cpu() && x.dim() == 2, "column_square_sums: x must be on the CPU and have shape (N, D)");
-  const Tensor in = x.stride(1) == 1 || x.size(1) <= 1 ? x : contiguous(x);
+  const Tensor in = readable_rows(x);
   Tensor sums = new_empty(x, {x.size(1)}, ScalarType::Float);
   dispatch_floating("column_square_sums", x, [&](auto zero) {
     using E = decltype(zero);
@@ -50,11 +49,7 @@ Tensor column_square_sums(const Tensor& x) {
 }
 
 void check_matrix(const Tensor& matrix, const Tensor& norm, const Tensor& mask, const Tensor& first) {
-  const auto there = [&](const Tensor& t) {
-    return t.is_cpu() == first.is_cpu() && t.is_cuda() == first.is_cuda() &&
-           t.get_device_index() == first.get_device_index();
-  };
-  FASTKIT_CHECK(there(matrix) && there(norm) && there(mask),
+  FASTKIT_CHECK(same_device(first, matrix) && same_device(first, norm) && same_device(first, mask),
                 "prune_rows_: matrices, norms and masks must be on one device, a CPU or a GPU");
   FASTKIT_CHECK(matrix.dim() == 2 && matrix.size(1) < kLongestRow,
                 "prune_rows_: matrices must have shape (R, D) with D < 2^30");
@@ -107,7 +102,7 @@ struct Table {
     if (matrices.empty()) return;
     if (like.is_cpu()) return run_cpu();
 #ifdef FASTKIT_WITH_CUDA
-    void* const stream = current_stream(like.get_device_index());
+    void* const stream = current_stream(like);
     check_launch("prune_rows_", prune_rows_cuda(matrices.data(), static_cast<int64_t>(matrices.size()), stream));
 #endif
   }
@@ -135,8 +130,7 @@ void prune_rows_(const std::vector<Tensor>& matrices, const std::vector<Tensor>&
   if (matrices.empty()) return;
   const Tensor& first = matrices[0];
   for (size_t i = 0; i < matrices.size(); ++i) check_matrix(matrices[i], norms[i], masks[i], first);
-  std::optional<torch::stable::accelerator::DeviceGuard> device;
-  if (first.is_cuda()) device.emplace(first.get_device_index());
+  const auto device = device_guard(first);
   std::vector<Tensor> dense;
   for (const Tensor& norm : norms) {
     dense.push_back(norm.size(0) <= 1 || norm.stride(0) == 1 ? norm : contiguous(norm));

@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> moments_fwd(const Tensor& x, const std::optio
   dispatch_floating("moments", x, [&](auto zero) {
     using E = decltype(zero);
     using T = Arithmetic<E>;
-    const Tensor in = x.stride(1) == 1 || x.size(1) == 1 ? x : contiguous(x);
+    const Tensor in = readable_rows(x);
     count = new_empty(x, {}, ScalarType::Double);
     mean = new_empty(x, {x.size(1)}, arithmetic(x)), scatter = new_empty(x, {x.size(1), x.size(1)}, arithmetic(x));
     const auto& kernels = moments_kernels().of<E>();

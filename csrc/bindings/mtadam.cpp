@@ -1,5 +1,4 @@
 // mtadam: tensors -> raw pointers, for the CPU and CUDA; on the CPU, also which thread does what.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -286,8 +285,7 @@ Tensor mtadam_square_sums(const MaybeTensors& grads, int64_t n) {
   const Expected expected(op, like);
   const int64_t terms = static_cast<int64_t>(grads.size()) / n;
   FASTKIT_CHECK(terms <= kMTAdamTerms, op, ": there must be at most ", kMTAdamTerms, " terms");
-  std::optional<torch::stable::accelerator::DeviceGuard> device;
-  if (like.is_cuda()) device.emplace(like.get_device_index());
+  const auto device = device_guard(like);
   Tensor sums = new_empty(like, {n, terms}, ScalarType::Double);
   dispatch_floating(op, like, [&](auto zero) {
     using E = decltype(zero);
@@ -313,7 +311,7 @@ Tensor mtadam_square_sums(const MaybeTensors& grads, int64_t n) {
     if (like.is_cpu()) return CpuCall<E>(call).square_sums(to);
 #ifdef FASTKIT_WITH_CUDA
     StreamMemory memory{like};
-    check_launch(op, mtadam_square_sums_cuda(call, to, current_stream(like.get_device_index()), std::ref(memory)));
+    check_launch(op, mtadam_square_sums_cuda(call, to, current_stream(like), std::ref(memory)));
 #endif
   });
   return sums;
@@ -346,8 +344,7 @@ void mtadam_update_(const Tensors& params, const MaybeTensors& grads, const Tens
                 op, ": there must be one of exp_avgs, L of exp_avg_sqs and one or no max_exp_avg_sqs for each param");
   FASTKIT_CHECK(betas.size() == 3 && (ranks.empty() || static_cast<int64_t>(ranks.size()) == terms), op,
                 ": betas must be three numbers, and ranks L");
-  std::optional<torch::stable::accelerator::DeviceGuard> device;
-  if (like.is_cuda()) device.emplace(like.get_device_index());
+  const auto device = device_guard(like);
   dispatch_floating(op, like, [&](auto zero) {
     using E = decltype(zero);
     using T = Arithmetic<E>;
@@ -402,7 +399,7 @@ void mtadam_update_(const Tensors& params, const MaybeTensors& grads, const Tens
     } else {
 #ifdef FASTKIT_WITH_CUDA
       StreamMemory memory{like};
-      check_launch(op, mtadam_update_cuda(call, current_stream(like.get_device_index()), std::ref(memory)));
+      check_launch(op, mtadam_update_cuda(call, current_stream(like), std::ref(memory)));
 #endif
     }
     pointers.write_back();

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "common/aligned.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "fastkit/topk_similarity.h"
@@ -18,7 +19,6 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
-constexpr size_t kLineBytes = 64;
 constexpr int64_t kSerial = int64_t{1} << 18;        // fewer multiply-adds are not worth a second thread
 constexpr int64_t kQueries = 2048;                   // of a sweep: their rows stay in a last-level cache
 constexpr int64_t kQueryBytes = int64_t{1} << 22;    // also where there are many columns
@@ -97,10 +97,8 @@ class Search {
     part.keys.data = all_.keys.row(key), part.key_count = keys, part.first_key = key;
     if (all_.bias != nullptr) part.bias = all_.bias + key;
     part.of_queries = of_queries, part.of_keys = of_keys;
-    size_t size = static_cast<size_t>(kernels_.room(queries, all_.columns)) * sizeof(T), bytes = size + kLineBytes;
-    const std::unique_ptr<char[]> room(new char[bytes]);
-    void* aligned = room.get();
-    part.room = static_cast<T*>(std::align(kLineBytes, size, aligned, bytes));
+    const Aligned<T> room(kernels_.room(queries, all_.columns));
+    part.room = room.data();
     kernels_.sweep(part);
   }
 
@@ -170,9 +168,6 @@ class Search {
 
 // --- tensors ---------------------------------------------------------------------------------------------------------
 
-// The tensor itself where its columns have stride 1, else a copy.
-Tensor readable(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : contiguous(t); }
-
 template <class E>
 TopKTable<E> table(const Tensor& t) {
   return {static_cast<const E*>(t.data_ptr()), t.stride(0)};
@@ -217,7 +212,7 @@ std::tuple<Tensor, Tensor> topk_similarity_fwd(const Tensor& queries, const Tens
                   "float32 for half precision; with l2 it must be None");
     bias = contiguous(torch::stable::to(*key_bias, arithmetic(queries)));
   }
-  const Tensor q = readable(queries), x = readable(keys);
+  const Tensor q = readable_rows(queries), x = readable_rows(keys);
   const auto result = empty_result(queries, n, k);
   dispatch_floating("topk_similarity", queries, [&](auto zero) {
     using E = decltype(zero);
@@ -234,7 +229,7 @@ std::tuple<Tensor, Tensor> topk_similarity_fwd(const Tensor& queries, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_similarity_both_fwd(const Tensor& queries, const Tensor& keys,
                                                                     int64_t k) {
   check(queries, keys, k, keys.dim() == 2 && queries.dim() == 2 ? std::min(queries.size(0), keys.size(0)) : 0);
-  const Tensor q = readable(queries), x = readable(keys);
+  const Tensor q = readable_rows(queries), x = readable_rows(keys);
   const auto of_queries = empty_result(queries, q.size(0), k), of_keys = empty_result(queries, x.size(0), k);
   dispatch_floating("topk_similarity", queries, [&](auto zero) {
     using E = decltype(zero);
@@ -250,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_similarity_both_fwd(const Tensor
 Tensor unit_rows(const Tensor& x) {
   FASTKIT_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) >= 1,
                 "topk_similarity: a table must be on the CPU and have shape (n, D) with D >= 1");
-  const Tensor in = readable(x);
+  const Tensor in = readable_rows(x);
   Tensor unit = new_empty(x, {x.size(0), x.size(1)}, arithmetic(x));
   dispatch_floating("topk_similarity", x, [&](auto zero) {
     using E = decltype(zero);

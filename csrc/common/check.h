@@ -16,4 +16,9 @@ inline bool is_strided(const torch::stable::Tensor& t) {
   return aoti_torch_get_layout(t.get(), &layout) == AOTI_TORCH_SUCCESS && layout == aoti_torch_layout_strided();
 }
 
+// Both on the CPU, or on one GPU.
+inline bool same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return (a.is_cpu() || a.is_cuda()) && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 }  // namespace fastkit

@@ -1,6 +1,7 @@
 // From tensors to typed pointers.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -29,6 +30,11 @@ auto dispatch_floating(const char* op, const Tensor& x, Body&& body) {
 inline ScalarType arithmetic(const Tensor& x) {
   const ScalarType type = x.scalar_type();
   return type == ScalarType::BFloat16 || type == ScalarType::Half ? ScalarType::Float : type;
+}
+
+// A matrix whose columns have stride 1: itself where it is one, else a copy.
+inline Tensor readable_rows(const Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace fastkit

@@ -5,10 +5,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
-#include <functional>
 #include <type_traits>
 
 #include "common/warp.h"
+#include "fastkit/cuda_memory.h"
 
 namespace fastkit {
 
@@ -106,11 +106,10 @@ __global__ void __launch_bounds__(kThreads<Body>, kResident<Body> / kThreads<Bod
   }
 }
 
-// A stream of the current device, and memory that lives until its work is done. `error` keeps the first launch that
-// failed.
+// A stream of the current device, and memory for what runs there. `error` keeps the first launch that failed.
 struct CudaStream {
   cudaStream_t stream;
-  const std::function<void*(int64_t bytes)>& memory;
+  const CudaMemory& memory;
   cudaError_t error = cudaSuccess;
 
   int64_t warps() const {
@@ -139,5 +138,13 @@ struct CudaStream {
     error = cudaGetLastError();
   }
 };
+
+// Of launches(CudaStream&): null, or what CUDA says against the first that failed.
+template <class Launches>
+const char* launched(void* stream, const CudaMemory& memory, Launches&& launches) {
+  CudaStream on{static_cast<cudaStream_t>(stream), memory};
+  launches(on);
+  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+}
 
 }  // namespace fastkit

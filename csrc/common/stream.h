@@ -1,11 +1,14 @@
-// The CUDA stream that PyTorch works on, and memory for what runs there. The function behind the stream is in CUDA
-// builds of torch alone: weak, so that one library loads everywhere.
+// The CUDA device and stream that PyTorch works on, and memory for what runs there. The function behind the stream is
+// in CUDA builds of torch alone: weak, so that one library loads everywhere.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -14,10 +17,16 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 
 namespace fastkit {
 
-inline void* current_stream(int32_t device) {
+// Makes t's device the current one, where it is a GPU.
+inline std::optional<torch::stable::accelerator::DeviceGuard> device_guard(const torch::stable::Tensor& t) {
+  using Guard = torch::stable::accelerator::DeviceGuard;
+  return t.is_cuda() ? std::optional<Guard>(std::in_place, t.get_device_index()) : std::nullopt;
+}
+
+inline void* current_stream(const torch::stable::Tensor& t) {
   void* stream = nullptr;
-  const bool found =
-      aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device, &stream) == 0;
+  const bool found = aoti_torch_get_current_cuda_stream != nullptr &&
+                     aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0;
   FASTKIT_CHECK(found, "fastkit: this torch has no CUDA stream to give; install a CUDA build of torch");
   return stream;
 }

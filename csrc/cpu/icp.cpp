@@ -25,11 +25,7 @@ constexpr int kWide = kVectors * kLanes<T>;
 constexpr int64_t kBlockBytes = int64_t{1} << 17;  // of mapped rows that panels are led past
 constexpr int64_t kGrain = int64_t{1} << 17;       // multiply-adds that are worth a thread
 template <class T>
-constexpr T kInfinity = __builtin_inf();
-template <class T>
 using Index = decltype(typename VectorOf<T>::index{}[0] + 0);
-
-FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // body(begin, end), of tasks of so many multiply-adds.
 template <class Body>

@@ -361,10 +361,11 @@ void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-constexpr IirScanFunctions<E> channels = {units<E>, forward<E>, backward<E>};
+constexpr IirScanFunctions<E> kFunctions = {units<E>, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_channels = {channels<float>, channels<double>, channels<BFloat16>, channels<Half>};
+const IirScanKernels iir_scan_channels = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>,
+                                          kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

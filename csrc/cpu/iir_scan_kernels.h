@@ -10,7 +10,10 @@ extern const IirScanKernels iir_scan_rows;      // time has stride 1
 extern const IirScanKernels iir_scan_channels;  // channels have stride 1
 extern const IirScanKernels iir_scan_time;      // time has stride 1, few rows: one row at a time, cut into the lanes
 extern const IirScanKernels iir_scan_samples;   // time has stride 1, chunks of one sample, carried on
-// Anything, either stride: banks, cascades (forward only), coefficients that change every few samples.
+extern const IirScanKernels iir_scan_bank;  // banks of filters; channels have stride 1, chunks as for one filter
+// Filters one after another, time has stride 1, few rows: iir_scan_time over blocks of time.
+extern const IirScanKernels iir_scan_cascade;
+// Anything, either stride: banks, cascades, coefficients that change every few samples.
 extern const IirScanKernels iir_scan_tiles;
 
 // body(Flag<flag>{}): what depends on the flag is decided once, outside of the loops.

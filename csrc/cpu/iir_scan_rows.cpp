@@ -321,10 +321,10 @@ void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-constexpr IirScanFunctions<E> rows = {Lanes<E>::units, forward<E>, backward<E>};
+constexpr IirScanFunctions<E> kFunctions = {Lanes<E>::units, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_rows = {rows<float>, rows<double>, rows<BFloat16>, rows<Half>};
+const IirScanKernels iir_scan_rows = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>, kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

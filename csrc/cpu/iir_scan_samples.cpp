@@ -224,10 +224,10 @@ void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-constexpr IirScanFunctions<E> samples = {Unit<E>::units, forward<E>, backward<E>};
+constexpr IirScanFunctions<E> kFunctions = {Unit<E>::units, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_samples = {samples<float>, samples<double>, samples<BFloat16>, samples<Half>};
+const IirScanKernels iir_scan_samples = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>, kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

@@ -1,7 +1,7 @@
 // iir_scan of anything, either stride: banks, cascades, coefficients that change every few samples.
 //
 // What       forward and backward of second-order recursions: filters of one input, summed, or one after another
-//            (forward only); coefficients per (row, chunk, filter), chunks as short as one sample.
+//            (with b, one chunk); coefficients per (row, chunk, filter), chunks as short as one sample.
 // Parallel   kLanes rows are the lanes of a vector. They walk time in tiles: part of a chunk, or several short
 //            chunks. A tile's arrays are brought into the first-level cache, one vector over lanes a sample (squares
 //            are transposed where time has stride 1), the filters run there in turn, and the results go back. A unit
@@ -12,343 +12,23 @@
 // Numerics   y = (u - a2 y2) - a1 y1; a bank's sum in the order of its filters. Coefficient gradients: sums in the
 //            working precision over a tile at most, double beyond.
 // Backward   transposed form, from the end: l = gy + s1, s1 = s2 - a1 l, s2 = -a2 l, and likewise
-//            gx = b0 l + r1, r1 = r2 + b1 l, r2 = b2 l: a sample uses its own chunk's coefficients alone. The y of
-//            a bank's filters are computed again, tile by tile, from the states that forward left at the borders.
+//            gx = b0 l + r1, r1 = r2 + b1 l, r2 = b2 l: a sample uses its own chunk's coefficients alone. A
+//            cascade, of one chunk, has l = (gy - a2 l2) - a1 l1, gx = b0 l + b1 l1 + b2 l2, filter by filter. The y of
+//            several filters are computed again, tile by tile, from the states that forward left at the borders.
 #define FASTKIT_HALF_VECTORS  // fewer rows at a time: with coefficients, backward walks up to 8 arrays of each
 #include <new>
 
-#include "cpu/iir_scan_kernels.h"
-#include "cpu/iir_scan_lanes.h"
+#include "cpu/iir_scan_tiles_arrays.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
 
-constexpr int kShortTile = 16;  // most samples of a tile of short chunks: longer, and memory waits for arithmetic
-constexpr int kAhead = 64;      // samples between a read and its prefetch
-
-// --- tiles -----------------------------------------------------------------------------------------------------
-
-// Samples [t, t + n) of a span: chunks [k, k + chunks), short ones, or part of chunk k. `steps`: samples of each
-// chunk within the tile, the last one's perhaps fewer.
-struct Tile {
-  int64_t t, k;
-  int n, chunks, steps;
-  bool opens, closes;  // its first sample begins a chunk, its last one ends one
-};
-
-template <class E>
-struct Tiles {
-  const int64_t chunk, time;
-  const bool are_short;
-  int64_t count, per;  // per: chunks of a tile if they are short, else tiles of a chunk
-
-  Tiles(const IirScan<E>& p, const Span& span) : chunk(p.chunk), time(span.time), are_short(p.chunk < kShortChunk) {
-    count = per = 0;
-    if (time == 0) return;
-    const int64_t whole = (time - 1) / chunk, rest = time - whole * chunk;  // chunks before the last, and its length
-    if (are_short) {
-      per = kShortTile / chunk;
-      count = whole / per + 1;
-    } else {
-      per = ((whole > 0 ? chunk : time) + kIirScanTile - 1) / kIirScanTile;
-      count = whole * per + (rest + kIirScanTile - 1) / kIirScanTile;
-    }
-  }
-
-  Tile operator[](int64_t i) const {
-    if (are_short) {
-      const int64_t k = i * per, t = k * chunk;
-      const int n = static_cast<int>(time - t < per * chunk ? time - t : per * chunk), steps = static_cast<int>(chunk);
-      return {t, k, n, (n + steps - 1) / steps, steps, true, true};
-    }
-    const int64_t k = i / per, begin = k * chunk, end = time - begin < chunk ? time : begin + chunk;
-    const int64_t t = begin + i % per * kIirScanTile;
-    const int n = static_cast<int>(end - t < kIirScanTile ? end - t : kIirScanTile);
-    return {t, k, n, 1, n, t == begin, t + n == end};
-  }
-};
-
-// --- arrays ----------------------------------------------------------------------------------------------------
-
-// How the columns of an array meet the lanes, which are its rows.
-enum class Way {
-  squares,  // columns have stride 1
-  vectors,  // rows have
-  scalars   // neither
-};
-
-template <class E>
-struct Reader {
-  static constexpr int W = kLanes<E>, L = kLine<E>, P = L / W;  // P squares make a line of every row
-  const E* rows[W];
-  int64_t stride;  // between columns
-  Way way;
-  int64_t ahead = 0;  // columns from a read to its prefetch; 0: none
-
-  // Columns [t, t + n) to out[0], out[step], ..; squares want step 1, and write up to W - 1 vectors more.
-  void read(Vec<E>* out, int64_t t, int n, int step = 1, int64_t offset = 0) const {
-    if (way == Way::squares) {
-      int s = 0;
-      for (; s + L <= n; s += L) {  // a line of every row at once: rows may compete for one set of the cache
-        Vec<E> v[P][W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-#pragma GCC unroll 8
-          for (int j = 0; j < P; ++j) v[j][i] = load(rows[i] + t + s + j * W);
-          if (ahead != 0) prefetch(rows[i] + t + s + ahead);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < P; ++j) {
-          transpose<Arithmetic<E>>(v[j]);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) out[s + j * W + i] = v[j][i];
-        }
-      }
-      for (; s < n; s += W) {
-        Vec<E> v[W];
-        load_square<E>(v, rows, t + s, n - s < W ? n - s : W);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) out[s + i] = v[i];
-      }
-    } else if (way == Way::vectors) {
-      const E* from = rows[0] + offset + t * stride;
-      for (int s = 0; s < n; ++s, from += stride) {
-        out[s * step] = load(from);
-        if (ahead != 0) prefetch(from + ahead * stride);
-      }
-    } else {
-      for (int s = 0; s < n; ++s) {
-        alignas(kLineBytes) Arithmetic<E> values[W];
-        for (int i = 0; i < W; ++i) values[i] = widened(rows[i][offset + (t + s) * stride]);
-        out[s * step] = load(values);
-      }
-    }
-  }
-};
-
-template <class E>
-struct Writer {
-  static constexpr int W = kLanes<E>, L = kLine<E>, P = L / W;  // P squares make a line of every row
-  E* rows[W];
-  int64_t stride;
-  Way way;
-  int count;     // lanes to write
-  bool streams;  // lines of the array begin at columns t % L == 0 (vectors: anywhere), and no lane is idle
-
-  // in[0], in[step], .. to columns [t, t + n); squares want step 1, and read up to W - 1 vectors more.
-  void write(const Vec<E>* in, int64_t t, int n, int step = 1, int64_t offset = 0) const {
-    int s = 0;
-    if (way == Way::squares) {
-      for (; streams && t % L == 0 && s + L <= n; s += L) {
-        Vec<E> v[P][W];
-#pragma GCC unroll 8
-        for (int j = 0; j < P; ++j) square(v[j], in + s + j * W);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-#pragma GCC unroll 8
-          for (int j = 0; j < P; ++j) stream(rows[i] + t + s + j * W, v[j][i]);
-        }
-      }
-      for (; s < n; s += W) {
-        Vec<E> v[W];
-        square(v, in + s);
-        if (n - s < W) {
-          for (int i = 0; i < count; ++i) store(rows[i] + t + s, v[i], n - s);
-        } else if (count < W) {
-          for (int i = 0; i < count; ++i) store(rows[i] + t + s, v[i]);
-        } else {
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) store(rows[i] + t + s, v[i]);
-        }
-      }
-    } else if (way == Way::vectors) {
-      E* to = rows[0] + offset + t * stride;
-      for (; s < n; ++s, to += stride) {
-        if (streams) {
-          stream(to, in[s * step]);
-        } else {
-          store(to, in[s * step]);
-        }
-      }
-    } else {
-      for (; s < n; ++s) {
-        for (int i = 0; i < count; ++i) rows[i][offset + (t + s) * stride] = rounded<E>(in[s * step][i]);
-      }
-    }
-  }
-
- private:
-  static FASTKIT_ALWAYS_INLINE void square(Vec<E> (&v)[W], const Vec<E>* in) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = in[i];
-    transpose<Arithmetic<E>>(v);
-  }
-};
-
-template <class T>
-struct Pair {
-  Vec<T> v[2] = {};  // of the last sample and the one before it
-};
-
-// Coefficients of a filter over a tile: of its chunk q a[2q + i] and b[3q + i].
-template <class T>
-struct Taps {
-  const Vec<T> *a, *b;
-};
-
-template <class T>
-struct TapsOfChunk {
-  Vec<T> a[2], b[3];
-};
-
-template <class T>
-struct TapsOfTile {
-  Vec<T> a[2 * kShortTile + kLanes<T>], b[3 * kShortTile + kLanes<T>];
-};
-
-// The lanes, and how they reach the arrays of a call.
-template <class E>
-struct Rows : Lanes<E> {
-  using T = Arithmetic<E>;
-  using Lanes<E>::W, Lanes<E>::batch, Lanes<E>::channel, Lanes<E>::count, Lanes<E>::span;
-  const IirScan<E>& p;
-  const bool neighbours;  // channels of one batch entry, and no lane is idle
-  const bool short_chunks;
-
-  Rows(const IirScan<E>& p, int64_t index)
-      : Lanes<E>(p, index), p(p), neighbours(count == W && batch[0] == batch[W - 1]),
-        short_chunks(p.chunk < kShortChunk) {}
-
-  Reader<E> reader(const Signal<const E>& signal, int64_t ahead) const {
-    Reader<E> reader{{}, signal.time, way(!p.channels_last, true), p.stream ? ahead : 0};
-    this->point(reader.rows, signal);
-    return reader;
-  }
-
-  Writer<E> writer(const Signal<E>& signal) const {
-    Writer<E> writer{{}, signal.time, way(!p.channels_last, true), count, false};
-    this->point(writer.rows, signal);
-    writer.streams = may_stream(writer);
-    return writer;
-  }
-
-  // A bank's states at the tiles' starts: `borders` is dense (B, borders, F, 2, C); of a tile, columns are 2 a filter.
-  Reader<T> borders(const T* states) const {
-    Reader<T> reader{{}, p.channels, way(false, true)};
-    for (int i = 0; i < W; ++i) reader.rows[i] = states + border_row(i);
-    return reader;
-  }
-  Writer<T> borders(T* states) const {
-    Writer<T> writer{{}, p.channels, way(false, true), count, false};
-    for (int i = 0; i < W; ++i) writer.rows[i] = states + border_row(i);
-    return writer;
-  }
-  int64_t border_row(int i) const {
-    return p.border_batch(batch[i]) * p.borders() * p.filters * 2 * p.channels + channel[i];
-  }
-  int64_t border(const Tile& tile) const {
-    return p.border(span.begin + tile.t, span.first_chunk + tile.k) * p.filters * 2 * p.channels;
-  }
-
-  Pair<T> state(const T* states, int64_t filters = 1, int64_t f = 0) const {
-    return {{this->gather(p, states, 0, filters, f), this->gather(p, states, 1, filters, f)}};
-  }
-  void set_state(T* states, const Pair<T>& state, int64_t filters = 1, int64_t f = 0) const {
-    for (int i = 0; i < 2; ++i) this->scatter(p, states, i, state.v[i], filters, f);
-  }
-
-  Way way(bool columns, bool rows) const {
-    return columns ? Way::squares : rows && neighbours ? Way::vectors : Way::scalars;
-  }
-
-  template <class U>
-  bool may_stream(const Writer<U>& writer) const {
-    if (!p.stream || count < W || writer.rows[0] == nullptr) return false;
-    if (writer.way == Way::vectors) return W == kLine<U> && writer.stride % W == 0 && on_line(writer.rows[0]);
-    for (const U* row : writer.rows) {
-      if (!on_line(row)) return false;
-    }
-    return true;
-  }
-};
-
-// Coefficients (kTaps 2: a, 3: b) of a unit's rows. Where those of one filter's short chunks follow one another,
-// columns are the taps of each; else they are chunks, one tap at a time.
-template <class E, int kTaps>
-struct TapsReader {
-  using T = Arithmetic<E>;
-  int64_t filter, tap;
-  int step;
-  Reader<T> reader;
-
-  TapsReader(const Rows<E>& rows, const Coefficients<T>& c, int64_t ahead) : filter(c.filter), tap(c.tap) {
-    if (c.data == nullptr) return;
-    const bool one = rows.p.filters == 1 && rows.short_chunks && c.tap == 1 && c.chunk == kTaps;
-    step = one ? 1 : kTaps;
-    reader = {{}, c.chunk, rows.way(one, c.channel == 1), 0};
-    if (rows.p.stream && rows.short_chunks) reader.ahead = ahead / rows.p.chunk * (kTaps / step);
-    for (int i = 0; i < Rows<E>::W; ++i) {
-      reader.rows[i] = c.at(rows.batch[i], rows.channel[i]) + rows.span.first_chunk * c.chunk;
-    }
-  }
-
-  void read(Vec<T>* out, int64_t f, const Tile& tile) const {
-    const int times = kTaps / step;
-    for (int i = 0; i < step; ++i) {
-      reader.read(out + i, tile.k * times, tile.chunks * times, step, f * filter + i * tap);
-    }
-  }
-};
-
-// Likewise their gradients, dense (B, C, K, F, taps).
-template <class E, int kTaps>
-struct TapsWriter {
-  using T = Arithmetic<E>;
-  int step;
-  Writer<T> writer;
-
-  TapsWriter(const Rows<E>& rows, T* gradients) {
-    if (gradients == nullptr) return;
-    const int64_t filters = rows.p.filters;
-    const bool one = filters == 1 && rows.short_chunks;
-    step = one ? 1 : kTaps;
-    writer = {{}, filters * kTaps, rows.way(one, false), rows.count, false};
-    for (int i = 0; i < Rows<E>::W; ++i) {
-      const int64_t chunk = rows.p.row(rows.batch[i], rows.channel[i]) * rows.p.chunks + rows.span.first_chunk;
-      writer.rows[i] = gradients + chunk * filters * kTaps;
-    }
-    writer.streams = rows.may_stream(writer);
-  }
-
-  void write(const Vec<T>* in, int64_t f, const Tile& tile) const {
-    const int times = kTaps / step;
-    for (int i = 0; i < step; ++i) {
-      writer.write(in + i, tile.k * times, tile.chunks * times, step, f * kTaps + i);
-    }
-  }
-};
-
-// A unit's coefficients, brought to `of_chunk` where a tile is part of a chunk, else to `of_tile`.
-template <class E, bool kNumerator>
-struct AllTaps {
-  using T = Arithmetic<E>;
-  const bool short_chunks;
-  TapsReader<E, 2> a;
-  TapsReader<E, 3> b;
-
-  AllTaps(const Rows<E>& rows, int64_t ahead)
-      : short_chunks(rows.short_chunks), a(rows, rows.p.a, ahead), b(rows, rows.p.b, ahead) {}
-
-  Taps<T> of(const Tile& tile, int64_t f, bool enters, TapsOfChunk<T>& of_chunk, TapsOfTile<T>& of_tile) const {
-    Vec<T>* const to_a = short_chunks ? of_tile.a : of_chunk.a;
-    Vec<T>* const to_b = short_chunks ? of_tile.b : of_chunk.b;
-    if (enters) {
-      a.read(to_a, f, tile);
-      if constexpr (kNumerator) b.read(to_b, f, tile);
-    }
-    return {to_a, to_b};
-  }
-};
+constexpr int kAhead = 64;  // samples between a read and its prefetch
+#ifdef __AVX512VL__
+constexpr bool kHoldsTwo = true;  // registers hold the sums of two filters
+#else
+constexpr bool kHoldsTwo = kManyRegisters;
+#endif
 
 // --- forward ---------------------------------------------------------------------------------------------------
 
@@ -376,6 +56,26 @@ FASTKIT_INLINE void recur(const Tile& tile, bool carry, const Taps<T>& taps, con
   before_x = {{x1, x2}}, before_y = {{y1, y2}};
 }
 
+// Two filters, one after the other, over a tile of one chunk: put(s, y[s], z[s]). A step of one does not wait for the
+// other's last, so that their latencies overlap.
+template <class T, class Put>
+FASTKIT_INLINE void recur_both(int n, const Taps<T>& first, const Taps<T>& second, const Vec<T>* x, Pair<T>& before_x,
+                               Pair<T>& before_y, Pair<T>& before_z, Put put) {
+  const Vec<T> a1 = first.a[0], a2 = first.a[1], b0 = first.b[0], b1 = first.b[1], b2 = first.b[2];
+  const Vec<T> c1 = second.a[0], c2 = second.a[1], d0 = second.b[0], d1 = second.b[1], d2 = second.b[2];
+  Vec<T> x1 = before_x.v[0], x2 = before_x.v[1], y1 = before_y.v[0], y2 = before_y.v[1];
+  Vec<T> z1 = before_z.v[0], z2 = before_z.v[1];
+#pragma GCC unroll 4
+  for (int s = 0; s < n; ++s) {
+    const Vec<T> x0 = x[s];
+    const Vec<T> u = b0 * x0 + (b1 * x1 + b2 * x2), y0 = (u - a2 * y2) - a1 * y1;
+    const Vec<T> v = d0 * y0 + (d1 * y1 + d2 * y2), z0 = (v - c2 * z2) - c1 * z1;
+    put(s, y0, z0);
+    x2 = x1, x1 = x0, y2 = y1, y1 = y0, z2 = z1, z1 = z0;
+  }
+  before_x = {{x1, x2}}, before_y = {{y1, y2}}, before_z = {{z1, z2}};
+}
+
 // A tile of a signal, from the square before it (backward needs two samples of it) to that of its last samples.
 template <class T>
 struct Buffer {
@@ -398,6 +98,8 @@ class Forward {
   struct Room {
     Buffer<T> x, y;
     TapsOfTile<T> taps;
+
+    explicit Room(const Call&) {}
   };
   static constexpr bool kFromTheEnd = false;
 
@@ -415,14 +117,16 @@ class Forward {
     }
     if (p_.borders != nullptr) write_borders(tile);
     x_.read(room.x.at(), tile.t, tile.n);
-    Vec<T>* const y = p_.cascade || p_.filters == 1 ? room.x.at() : room.y.at();
-    Pair<T> before_x = before_x_;
+    if constexpr (kNumerator) {
+      if (p_.cascade) return visit_cascade(tile, room);
+    }
+    Vec<T>* const y = p_.filters == 1 ? room.x.at() : room.y.at();
+    const Pair<T> before_x = before_x_;
     for (int64_t f = 0; f < p_.filters; ++f) {
       Filter& filter = filters_[f];
       const Taps<T> taps = taps_.of(tile, f, tile.opens, filter.taps, room.taps);
-      const Pair<T> before_y = filter.y;
       Pair<T> input = before_x;
-      if (f == 0 || p_.cascade) {
+      if (f == 0) {
         recur<T, kNumerator>(tile, p_.carry, taps, room.x.at(), input, filter.y,
                              [&](int s, Vec<T> v) __attribute__((always_inline)) { y[s] = v; });
       } else {
@@ -430,7 +134,6 @@ class Forward {
                              [&](int s, Vec<T> v) __attribute__((always_inline)) { y[s] += v; });
       }
       if (f == 0) before_x_ = input;
-      if (p_.cascade) before_x = before_y;  // a filter's output is the next one's input
     }
     y_.write(y, tile.t, tile.n);
   }
@@ -443,6 +146,27 @@ class Forward {
   const Rows<E> rows;
 
  private:
+  // A filter's output is the next one's input.
+  void visit_cascade(const Tile& tile, Room& room) {
+    Vec<T>* const x = room.x.at();
+    Pair<T> input = before_x_;  // the two samples before the tile of what the next filter is given
+    const auto taps = [&](int64_t f) { return taps_.of(tile, f, tile.opens, filters_[f].taps, room.taps); };
+    for (int64_t f = 0; f < p_.filters; f += 2) {
+      const bool both = f + 1 < p_.filters;
+      const Pair<T> output = filters_[both ? f + 1 : f].y;
+      if (both) {
+        recur_both<T>(tile.n, taps(f), taps(f + 1), x, input, filters_[f].y, filters_[f + 1].y,
+                      [&](int s, Vec<T>, Vec<T> z) __attribute__((always_inline)) { x[s] = z; });
+      } else {
+        recur<T, true>(tile, true, taps(f), x, input, filters_[f].y,
+                       [&](int s, Vec<T> y) __attribute__((always_inline)) { x[s] = y; });
+      }
+      if (f == 0) before_x_ = input;
+      input = output;
+    }
+    y_.write(x, tile.t, tile.n);
+  }
+
   void write_borders(const Tile& tile) const {
     const auto borders = rows.borders(p_.borders);
     for (int64_t f = 0; f < p_.filters; ++f) borders.write(filters_[f].y.v, 2 * f, 2, 1, rows.border(tile));
@@ -466,13 +190,18 @@ class Backward {
  public:
   using Call = IirScanBackward<E>;
   struct Filter {
-    Pair<T> s;  // owed to gy of the present sample and of the one before it
+    Pair<T> s;  // owed to gy of the present sample and of the one before it; of a cascade, l of the two after it
     TapsOfChunk<T> taps;
     double a[2][W], b[3][W];  // gradients of a chunk's coefficients so far
   };
   struct Room {
     Buffer<T> x, y, gy, gx;
-    TapsOfTile<T> taps, sums;
+    TapsOfTile<T> taps, sums, second_sums;
+    Buffer<T>* const signals;  // of a cascade: what each filter is given, and what the last one gives
+
+    explicit Room(const Call& p) : signals(kSums && p.cascade ? new Buffer<T>[p.filters + 1] : nullptr) {}
+    Room(const Room&) = delete;
+    ~Room() { delete[] signals; }
   };
   static constexpr bool kFromTheEnd = true;
 
@@ -484,8 +213,11 @@ class Backward {
   }
 
   void visit(const Tile& tile, Room& room) {
-    const bool bank = p_.filters > 1;
     gy_.read(room.gy.at(), tile.t, tile.n);
+    if constexpr (kNumerator) {
+      if (p_.cascade) return visit_cascade(tile, room);
+    }
+    const bool bank = p_.filters > 1;
     if constexpr (kSums) {
       if (kNumerator || bank) read(room.x, x_, p_.state_x, tile);
       if (!bank) read(room.y, y_, p_.state_y, tile);
@@ -522,6 +254,113 @@ class Backward {
   const Rows<E> rows;
 
  private:
+  // In place, from the last filter to the first: the gradient of what one was given is gy of the one before it.
+  void visit_cascade(const Tile& tile, Room& room) {
+    if constexpr (kSums) recompute_cascade(tile, room);
+    const auto taps = [&](int64_t f) {
+      return taps_.of(tile, f, !kSums && tile.closes, filters_[f].taps, room.taps);
+    };
+    Vec<T>* const g = room.gy.at();
+    for (int64_t f = p_.filters - 1; f >= 0; --f) {
+      const bool both = (!kSums || kHoldsTwo) && f % 2 == 1;
+      if (both) {
+        --f;
+        both_adjoints_in_place(tile.n, taps(f), taps(f + 1), filters_[f].s, filters_[f + 1].s, g,
+                               kSums ? room.signals + f : nullptr, room.sums, room.second_sums);
+      } else {
+        adjoint_in_place(tile.n, taps(f), filters_[f].s, g, kSums ? room.signals + f : nullptr, room.sums);
+      }
+      if constexpr (kSums) {
+        if (both) write_sums(tile, f + 1, room.second_sums);
+        write_sums(tile, f, room.sums);
+      }
+    }
+    if (p_.gx.data != nullptr) gx_.write(room.gy.at(), tile.t, tile.n);
+  }
+
+  void recompute_cascade(const Tile& tile, Room& room) const {
+    const auto borders = rows.borders(p_.borders);
+    Buffer<T>* const signals = room.signals;
+    read(signals[0], x_, p_.state_x, tile);
+    for (int64_t f = 0; f < p_.filters; ++f) {
+      Pair<T> y;
+      borders.read(y.v, 2 * f, 2, 1, rows.border(tile));
+      signals[f + 1][-1] = y.v[0], signals[f + 1][-2] = y.v[1];
+    }
+    const auto before = [&](int64_t i) { return Pair<T>{{signals[i][-1], signals[i][-2]}}; };
+    const auto taps = [&](int64_t f) { return taps_.of(tile, f, tile.closes, filters_[f].taps, room.taps); };
+    for (int64_t f = 0; f < p_.filters; f += 2) {
+      Vec<T>* const y = signals[f + 1].at();
+      Pair<T> before_x = before(f), before_y = before(f + 1);
+      if (f + 1 < p_.filters) {
+        Vec<T>* const z = signals[f + 2].at();
+        Pair<T> before_z = before(f + 2);
+        recur_both<T>(tile.n, taps(f), taps(f + 1), signals[f].at(), before_x, before_y, before_z,
+                      [&](int s, Vec<T> y0, Vec<T> z0) __attribute__((always_inline)) { y[s] = y0, z[s] = z0; });
+      } else {
+        recur<T, true>(tile, true, taps(f), signals[f].at(), before_x, before_y,
+                       [&](int s, Vec<T> y0) __attribute__((always_inline)) { y[s] = y0; });
+      }
+    }
+  }
+
+  // A filter of a cascade over a tile, from its end: gx in place of gy, and the sums for its coefficients, with what it
+  // was given and what it gave, the one behind the other. `after`: l of the two samples after the tile.
+  static FASTKIT_ALWAYS_INLINE void adjoint_in_place(int n, const Taps<T>& taps, Pair<T>& after, Vec<T>* g,
+                                                     Buffer<T>* signals, TapsOfTile<T>& sums) {
+    const Vec<T> a1 = taps.a[0], a2 = taps.a[1], b0 = taps.b[0], b1 = taps.b[1], b2 = taps.b[2];
+    const Vec<T> *const x = kSums ? signals[0].at() : nullptr, *const y = kSums ? signals[1].at() : nullptr;
+    Vec<T> l1 = after.v[0], l2 = after.v[1], ga1{}, ga2{}, gb0{}, gb1{}, gb2{};
+#pragma GCC unroll 4
+    for (int s = n - 1; s >= 0; --s) {
+      const Vec<T> l = (g[s] - a2 * l2) - a1 * l1;
+      g[s] = b0 * l + (b1 * l1 + b2 * l2);
+      if constexpr (kSums) {
+        const Vec<T> x0 = x[s], y0 = y[s];
+        ga1 -= l1 * y0, ga2 -= l2 * y0;
+        gb0 += l * x0, gb1 += l1 * x0, gb2 += l2 * x0;
+      }
+      l2 = l1, l1 = l;
+    }
+    after = {{l1, l2}};
+    if constexpr (kSums) {
+      sums.a[0] = ga1, sums.a[1] = ga2;
+      sums.b[0] = gb0, sums.b[1] = gb1, sums.b[2] = gb2;
+    }
+  }
+
+  // Likewise of two filters, from the second to the first: their latencies overlap, as in recur_both.
+  static FASTKIT_ALWAYS_INLINE void both_adjoints_in_place(int n, const Taps<T>& first, const Taps<T>& second,
+                                                           Pair<T>& after_first, Pair<T>& after_second, Vec<T>* g,
+                                                           Buffer<T>* signals, TapsOfTile<T>& first_sums,
+                                                           TapsOfTile<T>& second_sums) {
+    const Vec<T> a1 = first.a[0], a2 = first.a[1], b0 = first.b[0], b1 = first.b[1], b2 = first.b[2];
+    const Vec<T> c1 = second.a[0], c2 = second.a[1], d0 = second.b[0], d1 = second.b[1], d2 = second.b[2];
+    const Vec<T> *const x = kSums ? signals[0].at() : nullptr, *const y = kSums ? signals[1].at() : nullptr;
+    const Vec<T>* const z = kSums ? signals[2].at() : nullptr;
+    Vec<T> l1 = after_first.v[0], l2 = after_first.v[1], m1 = after_second.v[0], m2 = after_second.v[1];
+    Vec<T> ga1{}, ga2{}, gb0{}, gb1{}, gb2{}, gc1{}, gc2{}, gd0{}, gd1{}, gd2{};
+#pragma GCC unroll 2
+    for (int s = n - 1; s >= 0; --s) {
+      const Vec<T> m = (g[s] - c2 * m2) - c1 * m1, gy = d0 * m + (d1 * m1 + d2 * m2);
+      const Vec<T> l = (gy - a2 * l2) - a1 * l1;
+      g[s] = b0 * l + (b1 * l1 + b2 * l2);
+      if constexpr (kSums) {
+        const Vec<T> x0 = x[s], y0 = y[s], z0 = z[s];
+        gc1 -= m1 * z0, gc2 -= m2 * z0, gd0 += m * y0, gd1 += m1 * y0, gd2 += m2 * y0;
+        ga1 -= l1 * y0, ga2 -= l2 * y0, gb0 += l * x0, gb1 += l1 * x0, gb2 += l2 * x0;
+      }
+      m2 = m1, m1 = m, l2 = l1, l1 = l;
+    }
+    after_first = {{l1, l2}}, after_second = {{m1, m2}};
+    if constexpr (kSums) {
+      first_sums.a[0] = ga1, first_sums.a[1] = ga2;
+      first_sums.b[0] = gb0, first_sums.b[1] = gb1, first_sums.b[2] = gb2;
+      second_sums.a[0] = gc1, second_sums.a[1] = gc2;
+      second_sums.b[0] = gd0, second_sums.b[1] = gd1, second_sums.b[2] = gd2;
+    }
+  }
+
   // A tile of a signal and the two samples before it.
   void read(Buffer<T>& to, const Reader<E>& signal, const T* states, const Tile& tile) const {
     const int before = signal.way == Way::squares ? W : 2;  // no tile but the first begins before sample W
@@ -635,7 +474,11 @@ struct Unit {
   static int64_t units(const IirScan<E>& p) { return (p.offsets != nullptr ? p.batch : 1) * units_of_sequence(p); }
 
  private:
-  static int most(const IirScan<E>& p) { return p.channels_last ? kMost : 1; }
+  static int most(const IirScan<E>& p) {
+    if (!p.channels_last) return 1;
+    const int64_t sets = p.block / kLanes<E>;  // whole cache lines, fewer where threads would idle
+    return sets < 1 ? 1 : sets < kMost ? static_cast<int>(sets) : kMost;
+  }
   static int64_t sets_of_sequence(const IirScan<E>& p) {  // not packed: everything is one
     const int64_t rows = p.offsets != nullptr ? p.channels : p.batch * p.channels;
     return (rows + kLanes<E> - 1) / kLanes<E>;
@@ -650,7 +493,7 @@ void walk(const typename Walker::Call& p, int64_t begin, int64_t end) {
   constexpr std::align_val_t kAlign{kLineBytes};
   auto* const filters = static_cast<Filter*>(::operator new(sizeof(Filter) * kMost * p.filters, kAlign));
   auto* const walkers = static_cast<Walker*>(::operator new(sizeof(Walker) * kMost, kAlign));
-  typename Walker::Room room;
+  typename Walker::Room room(p);
   for (int64_t index = begin; index < end; ++index) {
     const Unit<E> unit(p, index);
     for (int i = 0; i < unit.count; ++i) new (walkers + i) Walker(p, unit.first + i, filters + i * p.filters);
@@ -689,10 +532,10 @@ void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-constexpr IirScanFunctions<E> tiles = {Unit<E>::units, forward<E>, backward<E>};
+constexpr IirScanFunctions<E> kFunctions = {Unit<E>::units, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_tiles = {tiles<float>, tiles<double>, tiles<BFloat16>, tiles<Half>};
+const IirScanKernels iir_scan_tiles = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>, kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

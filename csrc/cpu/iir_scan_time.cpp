@@ -580,10 +580,10 @@ void backward(const IirScanBackward<E>& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-constexpr IirScanFunctions<E> functions = {units<E>, forward<E>, backward<E>};
+constexpr IirScanFunctions<E> kFunctions = {units<E>, forward<E>, backward<E>};
 
 }  // namespace
 
-const IirScanKernels iir_scan_time = {functions<float>, functions<double>, functions<BFloat16>, functions<Half>};
+const IirScanKernels iir_scan_time = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>, kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

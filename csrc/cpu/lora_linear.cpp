@@ -35,8 +35,6 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 template <class T>
 FASTKIT_INLINE int64_t tiles_of(int64_t columns) {
   return (columns + kWide<T> - 1) / kWide<T>;
@@ -472,13 +470,14 @@ void finish_backward(const LoraLinearBackward<E>& p, int64_t begin, int64_t end)
 }
 
 template <class E>
-constexpr LoraLinearFunctions<E> entry = {
+constexpr LoraLinearFunctions<E> kFunctions = {
     {forward_room<E>, begin_forward<E>, run_forward<E>, forward_tiles<E>, finish_forward<E>},
     {backward_room<E>, begin_backward<E>, run_backward<E>, backward_tiles<E>, finish_backward<E>},
 };
 
 }  // namespace
 
-const LoraLinearKernels lora_linear_kernels = {entry<float>, entry<double>, entry<BFloat16>, entry<Half>};
+const LoraLinearKernels lora_linear_kernels = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>,
+                                               kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

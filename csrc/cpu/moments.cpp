@@ -33,7 +33,6 @@ template <class T>  // so that the sums of a tile, 12, 18 or 24 vectors, leave r
 constexpr int kRows = kVectorBytes == 64 ? 8 : kManyRegisters ? 6 : kLanes<T> < 4 ? kLanes<T> : 4;
 
 FASTKIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class T>
 FASTKIT_INLINE void zero(T* p, int64_t n) {
@@ -405,10 +404,10 @@ void finish_moments(const Moments<E>& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-constexpr MomentsFunctions<E> entry = {moments_panels<E>, moments_room<E>, run_moments<E>, finish_moments<E>};
+constexpr MomentsFunctions<E> kFunctions = {moments_panels<E>, moments_room<E>, run_moments<E>, finish_moments<E>};
 
 }  // namespace
 
-const MomentsKernels moments_kernels = {entry<float>, entry<double>, entry<BFloat16>, entry<Half>};
+const MomentsKernels moments_kernels = {kFunctions<float>, kFunctions<double>, kFunctions<BFloat16>, kFunctions<Half>};
 
 }  // namespace fastkit::FASTKIT_ISA

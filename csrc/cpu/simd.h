@@ -65,6 +65,12 @@ using Vec = typename VectorOf<Arithmetic<E>>::type;
 
 #define FASTKIT_INLINE static FASTKIT_ALWAYS_INLINE
 
+template <class T>
+inline constexpr T kInfinity = __builtin_inf();
+
+// n, up to a multiple.
+FASTKIT_INLINE int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 // --- half precision ------------------------------------------------------------------------------------------
 
 template <class E>

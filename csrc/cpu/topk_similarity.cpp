@@ -22,8 +22,6 @@ template <class E>
 constexpr int kWide = kVectors * kLanes<E>;
 static_assert(kTopKPadding % kWide<float> == 0 && kTopKPadding % kWide<double> == 0);
 template <class T>
-constexpr T kInfinity = __builtin_inf();
-template <class T>
 constexpr T kNaN = __builtin_nan("");
 
 // --- rows ------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,8 @@
 
 namespace fastkit {
 
-const char* icp_epoch_cuda(const ICPEpochOnGpu& call, void* stream, const std::function<void*(int64_t)>& memory) {
-  CudaStream on{static_cast<cudaStream_t>(stream), memory};
-  icp_warps::epoch(call, on);
-  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+const char* icp_epoch_cuda(const ICPEpochOnGpu& call, void* stream, const CudaMemory& memory) {
+  return launched(stream, memory, [&](CudaStream& on) { icp_warps::epoch(call, on); });
 }
 
 }  // namespace fastkit

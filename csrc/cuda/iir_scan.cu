@@ -8,25 +8,21 @@ namespace fastkit {
 
 template <class E>
 const char* iir_scan_forward_cuda(const IirScanForward<E>& p, void* stream, const CudaMemory& memory) {
-  CudaStream on{static_cast<cudaStream_t>(stream), memory};
-  iir_scan_warps::forward<E>(p, on);
-  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+  return launched(stream, memory, [&](CudaStream& on) { iir_scan_warps::forward<E>(p, on); });
 }
 
 template <class E>
 const char* iir_scan_backward_cuda(const IirScanBackward<E>& p, void* stream, const CudaMemory& memory) {
-  CudaStream on{static_cast<cudaStream_t>(stream), memory};
-  iir_scan_warps::backward<E>(p, on);
-  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+  return launched(stream, memory, [&](CudaStream& on) { iir_scan_warps::backward<E>(p, on); });
 }
 
 template <class Index>
 const char* iir_scan_unpack_cuda(const Index* cu_seqlens, int64_t sequences, int64_t total, int64_t chunk,
                                  bool one_chunk, int64_t* offsets, int64_t* first_chunks, void* stream) {
-  const CudaMemory none;
-  CudaStream on{static_cast<cudaStream_t>(stream), none};
-  on.run(iir_scan_warps::Unpack<Index>{cu_seqlens, sequences, total, chunk, one_chunk, offsets, first_chunks}, 1);
-  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+  using iir_scan_warps::Unpack;
+  return launched(stream, {}, [&](CudaStream& on) {
+    on.run(Unpack<Index>{cu_seqlens, sequences, total, chunk, one_chunk, offsets, first_chunks}, 1);
+  });
 }
 
 #define FASTKIT_INSTANTIATE(E)                                                                             \

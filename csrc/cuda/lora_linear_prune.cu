@@ -8,10 +8,7 @@ namespace fastkit {
 
 template <class E>
 const char* prune_rows_cuda(const PruneMatrix<E>* matrices, int64_t count, void* stream) {
-  const std::function<void*(int64_t)> none;
-  CudaStream on{static_cast<cudaStream_t>(stream), none};
-  lora_linear_warps::prune_rows(matrices, count, on);
-  return on.error == cudaSuccess ? nullptr : cudaGetErrorString(on.error);
+  return launched(stream, {}, [&](CudaStream& on) { lora_linear_warps::prune_rows(matrices, count, on); });
 }
 
 template const char* prune_rows_cuda(const PruneMatrix<float>*, int64_t, void*);

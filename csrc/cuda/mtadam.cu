@@ -4,35 +4,24 @@
 #include "fastkit/mtadam_warps.h"
 
 namespace fastkit {
-namespace {
-
-template <class Launch>
-const char* launch(void* stream, const std::function<void*(int64_t)>& memory, Launch&& on) {
-  CudaStream cuda{static_cast<cudaStream_t>(stream), memory};
-  on(cuda);
-  return cuda.error == cudaSuccess ? nullptr : cudaGetErrorString(cuda.error);
-}
-
-}  // namespace
 
 template <class E>
-const char* mtadam_update_cuda(const MTAdam<E>& call, void* stream, const std::function<void*(int64_t)>& memory) {
-  return launch(stream, memory, [&](CudaStream& on) { mtadam_warps::update(call, on); });
+const char* mtadam_update_cuda(const MTAdam<E>& call, void* stream, const CudaMemory& memory) {
+  return launched(stream, memory, [&](CudaStream& on) { mtadam_warps::update(call, on); });
 }
 
 template <class E>
 const char* mtadam_square_sums_cuda(const MTAdam<E>& call, double* square_sums, void* stream,
-                                    const std::function<void*(int64_t)>& memory) {
-  return launch(stream, memory, [&](CudaStream& on) { mtadam_warps::square_sums(call, square_sums, on); });
+                                    const CudaMemory& memory) {
+  return launched(stream, memory, [&](CudaStream& on) { mtadam_warps::square_sums(call, square_sums, on); });
 }
 
-#define FASTKIT_INSTANTIATE(E)                                                                            \
-  template const char* mtadam_update_cuda(const MTAdam<E>&, void*, const std::function<void*(int64_t)>&); \
-  template const char* mtadam_square_sums_cuda(const MTAdam<E>&, double*, void*, const std::function<void*(int64_t)>&);
+#define FASTKIT_INSTANTIATE(E)                                                        \
+  template const char* mtadam_update_cuda(const MTAdam<E>&, void*, const CudaMemory&); \
+  template const char* mtadam_square_sums_cuda(const MTAdam<E>&, double*, void*, const CudaMemory&);
 FASTKIT_INSTANTIATE(float)
 FASTKIT_INSTANTIATE(double)
 FASTKIT_INSTANTIATE(BFloat16)
 FASTKIT_INSTANTIATE(Half)
-#undef FASTKIT_INSTANTIATE
 
 }  // namespace fastkit

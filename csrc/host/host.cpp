@@ -1,69 +1,49 @@
 // fastkit._host, in editable installs only: the torch-free kernels of every ISA on NumPy arrays, for unit tests
 // and micro-benchmarks. Never imported by the package.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "common/isa.h"
 #include "fastkit/iir_scan.h"
-
-namespace py = pybind11;
+#include "host/arrays.h"
 
 namespace {
 
-using fastkit::Isa;
-
-Isa isa_of(const std::string& name) {
-  for (Isa isa : fastkit::kIsas) {
-    if (name == fastkit::isa_name(isa) && fastkit::isa_usable(isa)) return isa;
-  }
-  throw std::invalid_argument("isa must be one of isas(), got " + name);
-}
+using namespace fastkit;
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
-  for (Isa isa : fastkit::kIsas) {
-    if (fastkit::isa_usable(isa)) names.push_back(fastkit::isa_name(isa));
+  for (Isa isa : kIsas) {
+    if (isa_usable(isa)) names.push_back(isa_name(isa));
   }
   return names;
 }
 
 template <class T>
-using Array = py::array_t<T>;
-
-constexpr int64_t step(py::ssize_t bytes, std::size_t size) { return bytes / static_cast<int64_t>(size); }
-
-template <class T>
-fastkit::Signal<const T> input(const Array<T>& x) {
-  return {x.data(), step(x.strides(0), sizeof(T)), step(x.strides(1), sizeof(T)), step(x.strides(2), sizeof(T))};
+Signal<const T> input(const Array<T>& x) {
+  return {x.data(), stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 
 template <class T>
-fastkit::Signal<T> output(Array<T>& x) {
-  return {x.mutable_data(), step(x.strides(0), sizeof(T)), step(x.strides(1), sizeof(T)),
-          step(x.strides(2), sizeof(T))};
+Signal<T> output(Array<T>& x) {
+  return {x.mutable_data(), stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 
 template <class T>
-fastkit::Coefficients<T> coefficients(const Array<T>& c) {
-  return {c.data(), c.shape(0) == 1 ? 0 : step(c.strides(0), sizeof(T)),
-          c.shape(1) == 1 ? 0 : step(c.strides(1), sizeof(T)), step(c.strides(2), sizeof(T)), 0,
-          step(c.strides(3), sizeof(T))};
+Coefficients<T> coefficients(const Array<T>& c) {
+  const auto shared = [&](int axis) { return c.shape(axis) == 1 ? 0 : stride(c, axis); };
+  return {c.data(), shared(0), shared(1), stride(c, 2), 0, stride(c, 3)};
 }
 
 template <class T>
-void describe(fastkit::IirScan<T>& p, const Array<T>& x, const Array<T>& a, const Array<T>& b, int64_t chunk,
+void describe(IirScan<T>& p, const Array<T>& x, const Array<T>& a, const Array<T>& b, int64_t chunk,
               bool carry, bool stream) {
   p.batch = x.shape(0), p.channels = x.shape(1), p.time = x.shape(2);
   p.chunk = chunk, p.chunks = (p.time - 1) / chunk + 1;
   p.carry = carry, p.stream = stream;
   p.x = input(x);
   p.channels_last = p.x.time != 1;
-  p.block = fastkit::kIirScanBlock<T>;
+  p.block = kIirScanBlock<T>;
   if (a.shape(2) != p.chunks || b.shape(2) != p.chunks || (p.channels_last && p.x.channel != 1)) {
     throw std::invalid_argument("iir_scan: a and b must have ceil(T / chunk) chunks, x a unit stride");
   }
@@ -73,8 +53,8 @@ void describe(fastkit::IirScan<T>& p, const Array<T>& x, const Array<T>& a, cons
 template <class T>
 void forward(const std::string& isa, const Array<T>& x, Array<T>& y, const Array<T>& a, const Array<T>& b,
              int64_t chunk, bool carry, bool stream) {
-  const auto& kernels = fastkit::iir_scan_kernels(isa_of(isa)).of<T>();
-  fastkit::IirScanForward<T> p;
+  const auto& kernels = iir_scan_kernels(isa_of(isa)).of<T>();
+  IirScanForward<T> p;
   describe<T>(p, x, a, b, chunk, carry, stream);
   p.y = output(y);
   kernels.forward(p, 0, kernels.units(p));
@@ -84,8 +64,8 @@ template <class T>
 void backward(const std::string& isa, const Array<T>& gy, const Array<T>& x, const Array<T>& y, Array<T>& gx,
               Array<T>& ga, Array<T>& gb, const Array<T>& a, const Array<T>& b, int64_t chunk, bool carry,
               bool stream) {
-  const auto& kernels = fastkit::iir_scan_kernels(isa_of(isa)).of<T>();
-  fastkit::IirScanBackward<T> p;
+  const auto& kernels = iir_scan_kernels(isa_of(isa)).of<T>();
+  IirScanBackward<T> p;
   describe<T>(p, x, a, b, chunk, carry, stream);
   p.gy = input(gy), p.y = input(y), p.gx = output(gx);
   p.ga = ga.mutable_data(), p.gb = gb.mutable_data();

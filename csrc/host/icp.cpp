@@ -1,20 +1,13 @@
 // icp_epoch on NumPy arrays, for tests: the GPU's functors with teams of warps that are loops (host/warp.h).
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include "fastkit/icp_cuda.h"
 #include "fastkit/icp_warps.h"
 #include "fastkit/philox.h"
+#include "host/arrays.h"
 #include "host/warp.h"
-
-namespace py = pybind11;
 
 namespace {
 
 using namespace fastkit;
-
-template <class U>
-using Array = py::array_t<U>;
 
 // nearest_* and the new_* maps, cost and mutual are written; nearest rows are read where the call does not search.
 void epoch(const Array<float>& source, const Array<float>& target, const Array<float>& w_xy, const Array<float>& w_yx,

@@ -2,44 +2,19 @@
 #include "fastkit/iir_scan_warps_calls.h"
 #include "fastkit/iir_scan_warps_packed.h"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "host/arrays.h"
 #include "host/warp.h"
-
-namespace py = pybind11;
 
 namespace {
 
 using namespace fastkit;
 
 template <class U>
-using Array = py::array_t<U>;
-template <class U>
 using Maybe = std::optional<Array<U>>;
-
-template <class E>
-struct StorageOf {
-  using type = E;
-};
-template <>
-struct StorageOf<Half> {
-  using type = uint16_t;
-};
-template <>
-struct StorageOf<BFloat16> {
-  using type = uint16_t;
-};
-
-template <class E>
-using Stored = typename StorageOf<E>::type;
-
-int64_t stride(const py::array& a, int axis) { return static_cast<int64_t>(a.strides(axis) / a.itemsize()); }
 
 // A (B, C, T) array, of which packed sequences are the parts of one batch entry.
 template <class To, class U>

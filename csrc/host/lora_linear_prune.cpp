@@ -2,38 +2,17 @@
 // with a warp that is a loop (host/warp.h).
 #include "fastkit/lora_linear_prune.h"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
-#include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "fastkit/lora_linear_prune_warps.h"
+#include "host/arrays.h"
 #include "host/warp.h"
-
-namespace py = pybind11;
 
 namespace {
 
 using namespace fastkit;
-
-template <class U>
-using Array = py::array_t<U>;
-template <class E>
-using Stored = std::conditional_t<sizeof(E) == 2, uint16_t, E>;
-
-Isa isa_of(const std::string& name) {
-  for (Isa isa : kIsas) {
-    if (name == isa_name(isa) && isa_usable(isa)) return isa;
-  }
-  throw std::invalid_argument("isa must be one of isas(), got " + name);
-}
-
-int64_t stride(const py::array& a, int axis) { return static_cast<int64_t>(a.strides(axis) / a.itemsize()); }
 
 template <class E>
 std::vector<PruneMatrix<E>> table(std::vector<Array<Stored<E>>>& matrices, const std::vector<Array<float>>& norms,

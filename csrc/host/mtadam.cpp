@@ -1,30 +1,20 @@
 // mtadam on NumPy arrays, for tests: the GPU's functors with teams of warps that are loops (host/warp.h).
 #include "fastkit/mtadam.h"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "fastkit/mtadam_warps.h"
+#include "host/arrays.h"
 #include "host/warp.h"
-
-namespace py = pybind11;
 
 namespace {
 
 using namespace fastkit;
 
 template <class U>
-using Array = py::array_t<U>;
-template <class U>
 using Arrays = std::vector<Array<U>>;
-template <class E>
-using Stored = std::conditional_t<sizeof(E) == 2, uint16_t, E>;
 template <class E>
 using Gradients = std::vector<std::optional<Array<Stored<E>>>>;  // term-major
 

@@ -55,8 +55,6 @@ struct HostTeam {
   }
 };
 
-using HostWarp = HostTeam<1>;
-
 // Takes what common/launch.cuh's CudaStream takes, a unit after the other.
 class HostStream {
  public:

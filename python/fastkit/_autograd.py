@@ -72,3 +72,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def forward_mode() -> bool:
     return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+
+
+def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, of which None is zero."""
+    if left is None or right is None:
+        return left if right is None else right
+    return left + right

@@ -1,8 +1,7 @@
-// The launcher of icp_epoch.
+// The launcher of icp_epoch. It returns null, or what CUDA says against the launch.
 #pragma once
 
-#include <cstdint>
-#include <functional>
+#include "fastkit/cuda_memory.h"
 
 namespace fastkit {
 
@@ -25,9 +24,7 @@ struct ICPEpochOnGpu {
   int64_t* mutual = nullptr;                                          // (R)
 };
 
-// Nothing waits for the device. `memory` gives memory that lives until the stream's work is done. Null, or what CUDA
-// says against it.
-const char* icp_epoch_cuda(const ICPEpochOnGpu& call, void* stream,
-                           const std::function<void*(int64_t bytes)>& memory);
+// Nothing waits for the device.
+const char* icp_epoch_cuda(const ICPEpochOnGpu& call, void* stream, const CudaMemory& memory);
 
 }  // namespace fastkit

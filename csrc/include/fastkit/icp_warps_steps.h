@@ -13,6 +13,8 @@
 // Numerics   sums in fp32, in a fixed order; what depends on the count of steps alone in double.
 #pragma once
 
+#include <cmath>
+
 #include "common/warp.h"
 #include "fastkit/icp_warps_search.h"
 #include "fastkit/philox.h"

@@ -44,7 +44,7 @@ struct Span {
   int64_t begin, time, first_chunk, chunks;
 };
 
-// Samples between the states that a bank's forward keeps for its backward, counted from a chunk's start.
+// Samples between the states that the forward of several filters keeps for its backward, counted from a chunk's start.
 inline constexpr int64_t kIirScanTile = 128;
 
 template <class E>
@@ -92,7 +92,7 @@ struct IirScanForward : IirScan<E> {
   Signal<E> y;
   T* end_y = nullptr;    // the state after the last sample, shaped like state_y; null: not wanted
   T* end_x = nullptr;    // likewise
-  T* borders = nullptr;  // of a bank: y_f[t-1], y_f[t-2] at every tile's start t; null: not wanted
+  T* borders = nullptr;  // of a bank or cascade: y_f[t-1], y_f[t-2] at every tile's start t; null: not wanted
 };
 
 // With l_f = dL/du_f, u_f the numerator's output: gx = dL/dx, and per row, chunk and filter
@@ -102,7 +102,7 @@ struct IirScanBackward : IirScan<E> {
   using T = Arithmetic<E>;
   Signal<const E> gy;
   Signal<const E> y;           // of a single filter
-  const T* borders = nullptr;  // of a bank
+  const T* borders = nullptr;  // of a bank; of a cascade, where coefficients have gradients
   const T* gend_y = nullptr;   // gradient of the final state; null: zero
   const T* gend_x = nullptr;
   Signal<E> gx;

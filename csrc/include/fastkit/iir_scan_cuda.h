@@ -1,15 +1,12 @@
-// iir_scan's launchers. Apart from fastkit/iir_scan.h, which every ISA compiles and which must bring in nothing of std.
+// The launchers of iir_scan. They return null, or what CUDA says against the launch.
 #pragma once
 
-#include <functional>
-
+#include "fastkit/cuda_memory.h"
 #include "fastkit/iir_scan.h"
 
 namespace fastkit {
 
-// On the GPU, where p's pointers are and `offsets` too; null, or what CUDA says against it. `memory` gives what it is
-// asked for until the work that has been launched is done.
-using CudaMemory = std::function<void*(int64_t bytes)>;
+// On the GPU, where p's pointers are, `offsets` too.
 template <class E>
 const char* iir_scan_forward_cuda(const IirScanForward<E>& p, void* stream, const CudaMemory& memory);
 template <class E>

@@ -10,9 +10,9 @@
 //            walks them all. Where runs fit chunks and memory, iir_scan_warps_walks.h does all this faster.
 // Bytes      per fp32 sample: reads x, writes y (8), and reads x once more for each filter where rows are cut. Per
 //            chunk the coefficients.
-// Numerics   y = (u - a2 y2) - a1 y1; maps in double. No atomics:
-//            the same call gives the same bits. Of an unstable filter, whose powers overflow within a tile or
-//            segment, NaN may come earlier than the plain recursion has it.
+// Numerics   y = (u - a2 y2) - a1 y1; maps in double. No atomics: the same call gives the same bits. Of an unstable
+//            filter, whose powers overflow within a tile or segment, NaN may come earlier than the plain recursion has
+//            it.
 // Backward   the same walk from the end gives l; what is read off it then is in iir_scan_warps_gradients.h.
 #pragma once
 

@@ -1,21 +1,18 @@
-// The launchers of mtadam. Apart from fastkit/mtadam.h, which every ISA compiles.
+// The launchers of mtadam. They return null, or what CUDA says against the launch.
 #pragma once
 
-#include <functional>
-
+#include "fastkit/cuda_memory.h"
 #include "fastkit/mtadam.h"
 
 namespace fastkit {
 
 // On the GPU, where all is but the lists of tensors and the ranks, which are read before this returns. Nothing waits
-// for the device. `memory` gives memory that lives until the stream's work is done. Null, or what CUDA says against it.
+// for the device.
 template <class E>
-const char* mtadam_update_cuda(const MTAdam<E>& call, void* stream,
-                               const std::function<void*(int64_t bytes)>& memory);
+const char* mtadam_update_cuda(const MTAdam<E>& call, void* stream, const CudaMemory& memory);
 
 // The square sums of call.tensors' gradients, dense (count, folded).
 template <class E>
-const char* mtadam_square_sums_cuda(const MTAdam<E>& call, double* square_sums, void* stream,
-                                    const std::function<void*(int64_t bytes)>& memory);
+const char* mtadam_square_sums_cuda(const MTAdam<E>& call, double* square_sums, void* stream, const CudaMemory& memory);
 
 }  // namespace fastkit

@@ -9,10 +9,11 @@ from fastkit import _native, reference
 from fastkit._autograd import without_autocast
 from fastkit._dispatch import Impl, InPyTorch, Kernels, choose
 from fastkit.ops import icp_products
-from fastkit.ops.icp_checks import check_arguments, check_options, check_pairs, refuse_transforms
+from fastkit.ops._checks import check_one_device, check_tensors
+from fastkit.ops.icp_checks import DTYPES, check_arguments, check_options, check_pairs, refuse_transforms
 from fastkit.reference import ICPEpoch
 
-KERNELS: Kernels = InPyTorch(cpu=(torch.float32, torch.float64), cuda=(torch.float32, torch.float64))
+KERNELS: Kernels = InPyTorch(cpu=DTYPES, cuda=DTYPES)
 _COLUMNS = 64  # of csrc/cuda/icp.cu at most; wider tables go through products
 
 if _native.REASON is None:
@@ -22,12 +23,7 @@ if _native.REASON is None:
     def _(
         source: Tensor, target: Tensor, w_xy: Tensor, w_yx: Tensor, seeds: Tensor, *options: object
     ) -> ICPEpoch:
-        # One argument on the meta device is enough for the dispatcher to come here.
-        for other in (target, w_xy, w_yx, seeds):
-            if other.device != source.device:
-                raise RuntimeError(
-                    f"icp_epoch: tensors must be on one device, got {source.device}, {other.device}"
-                )
+        check_one_device("icp_epoch", source, target, w_xy, w_yx, seeds)
         return _empty(source, target, w_xy)
 
 
@@ -128,34 +124,26 @@ def icp_epoch(
         >>> result.cost, result.nearest_target[1], result.mutual
         (tensor([2.6667, 0.0000]), tensor([0, 1, 2]), tensor([2, 3]))
     """
-    refuse_transforms()
-    check_arguments(source, target, w_xy, w_yx, seeds)
+    op = "icp_epoch"
+    refuse_transforms(op)
+    check_tensors(op, source=source, target=target, w_xy=w_xy, w_yx=w_yx, seeds=seeds)
+    check_arguments(op, source, target, w_xy, w_yx, seeds)
     rows = source.shape[0], target.shape[0]
-    check_options(rows, epoch, batch_size, lr, betas, eps, cycle_weight, mutual_only)
-    nearest = check_pairs(pairs, source, target, w_xy.shape[0])
-    chosen = choose("icp_epoch", impl, source, KERNELS)
+    check_options(op, rows, epoch, batch_size, lr, betas, eps, cycle_weight, mutual_only)
+    nearest = check_pairs(op, pairs, source, target, w_xy.shape[0])
+    chosen = choose(op, impl, source, KERNELS)
     if source.is_meta:
         return _empty(source, target, w_xy)
+    tensors = source, target, w_xy, w_yx, seeds
     with torch.no_grad(), without_autocast(source):
         if chosen == "cpu" or (chosen == "cuda" and _has_kernel(source)):
             options = (epoch, batch_size, lr, *betas, eps, cycle_weight, mutual_only)
-            return ICPEpoch(*_fwd(source, target, w_xy, w_yx, seeds, *nearest, *options))
+            return ICPEpoch(*_fwd(*tensors, *nearest, *options))
         run = icp_products.icp_epoch if chosen == "cuda" else reference.icp_epoch
         return run(
-            source,
-            target,
-            w_xy,
-            w_yx,
-            seeds,
-            epoch=epoch,
-            batch_size=batch_size,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            cycle_weight=cycle_weight,
-            pairs=pairs,
-            mutual_only=mutual_only,
-        )
+            *tensors, epoch=epoch, batch_size=batch_size, lr=lr, betas=betas, eps=eps,
+            cycle_weight=cycle_weight, pairs=pairs, mutual_only=mutual_only,
+        )  # fmt: skip
 
 
 def _has_kernel(source: Tensor) -> bool:

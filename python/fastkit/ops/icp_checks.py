@@ -8,46 +8,56 @@ import torch
 from torch import Tensor
 
 from fastkit._autograd import transforms
-from fastkit.ops._checks import HALF, check_tensors, shape
+from fastkit.ops._checks import (
+    HALF,
+    check_device,
+    check_int,
+    check_like,
+    check_number,
+    check_tensors,
+    may_look_at,
+    shape,
+)
 
-OP = "icp_epoch"
 DTYPES = (torch.float32, torch.float64)
 MOST_ROWS = 2**31
 EPOCHS = 2**32  # which a word of the counter holds
 
 
-def check_arguments(source: Tensor, target: Tensor, w_xy: Tensor, w_yx: Tensor, seeds: Tensor) -> None:
-    check_tensors(OP, source=source, target=target, w_xy=w_xy, w_yx=w_yx, seeds=seeds)
+def check_arguments(
+    op: str, source: Tensor, target: Tensor, w_xy: Tensor, w_yx: Tensor, seeds: Tensor
+) -> None:
     if source.dtype not in DTYPES:
         cure = "cast it with source.float()" if source.dtype in HALF else "cast it to torch.float32"
-        raise TypeError(f"{OP}: source must be torch.float32 or torch.float64, got {source.dtype}; {cure}")
-    _check_table("source", "n", source)
-    _check_like("target", target, source)
-    _check_table("target", "m", target)
+        raise TypeError(f"{op}: source must be torch.float32 or torch.float64, got {source.dtype}; {cure}")
+    _check_table(op, "source", "n", source)
+    check_like(op, "target", target, source, "source")
+    _check_table(op, "target", "m", target)
     columns = source.shape[1]
     if target.shape[1] != columns:
         raise ValueError(
-            f"{OP}: target must have shape (m, D) with D = {columns}, as source has, got {shape(target)};"
+            f"{op}: target must have shape (m, D) with D = {columns}, as source has, got {shape(target)};"
             " bring both tables to one width first, as by their principal axes"
         )
     for name, w in (("w_xy", w_xy), ("w_yx", w_yx)):
-        _check_like(name, w, source)
+        check_like(op, name, w, source, "source")
         if w.dim() != 3 or tuple(w.shape[1:]) != (columns, columns):
             raise ValueError(
-                f"{OP}: {name} must have shape (R, D, D) with D = {columns}, got {shape(w)};"
+                f"{op}: {name} must have shape (R, D, D) with D = {columns}, got {shape(w)};"
                 f" a single map is passed as {name}[None]"
             )
     restarts = w_xy.shape[0]
     if restarts == 0:
-        raise ValueError(f"{OP}: w_xy must have R >= 1 restarts, got {shape(w_xy)}; skip the call for R = 0")
+        raise ValueError(f"{op}: w_xy must have R >= 1 restarts, got {shape(w_xy)}; skip the call for R = 0")
     if w_yx.shape[0] != restarts:
         raise ValueError(
-            f"{OP}: w_yx must have the R of w_xy, {restarts}, got {shape(w_yx)}; a restart has a map each way"
+            f"{op}: w_yx must have the R of w_xy, {restarts}, got {shape(w_yx)}; a restart has a map each way"
         )
-    _check_int64("seeds", seeds, source, "(R,)", (restarts,), "torch.arange(R) will do")
+    _check_int64(op, "seeds", seeds, source, "(R,)", (restarts,), "torch.arange(R) will do")
 
 
 def check_options(
+    op: str,
     rows: tuple[int, int],
     epoch: int,
     batch_size: int,
@@ -57,40 +67,40 @@ def check_options(
     cycle_weight: float,
     mutual_only: bool,
 ) -> None:
-    _check_int("epoch", epoch)
+    check_int(op, "epoch", epoch)
     if not 0 <= epoch < EPOCHS:
-        raise ValueError(f"{OP}: epoch must be at least 0 and below 2^32, got {epoch}; count from 0")
-    _check_int("batch_size", batch_size)
+        raise ValueError(f"{op}: epoch must be at least 0 and below 2^32, got {epoch}; count from 0")
+    check_int(op, "batch_size", batch_size)
     if not isinstance(mutual_only, bool):
-        raise TypeError(f"{OP}: mutual_only must be a bool, got {type(mutual_only).__name__}")
+        raise TypeError(f"{op}: mutual_only must be a bool, got {type(mutual_only).__name__}")
     if batch_size < 1:
-        raise ValueError(f"{OP}: batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"{op}: batch_size must be at least 1, got {batch_size}")
     if batch_size > min(rows) and not mutual_only:
         raise ValueError(
-            f"{OP}: batch_size must be at most the rows of the smaller table, {min(rows)}, got {batch_size};"
+            f"{op}: batch_size must be at most the rows of the smaller table, {min(rows)}, got {batch_size};"
             " pass min(batch_size, len(source), len(target))"
         )
-    _check_number("lr", lr)
+    check_number(op, "lr", lr)
     if not 0 < lr < math.inf:
-        raise ValueError(f"{OP}: lr must be finite and greater than 0, got {lr}")
+        raise ValueError(f"{op}: lr must be finite and greater than 0, got {lr}")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"{OP}: betas must be two numbers, those of Adam's moments, got {betas!r}")
+        raise TypeError(f"{op}: betas must be two numbers, those of Adam's moments, got {betas!r}")
     for i, beta in enumerate(betas):
-        _check_number(f"betas[{i}]", beta)
+        check_number(op, f"betas[{i}]", beta)
         if not 0 <= beta < 1:
-            raise ValueError(f"{OP}: betas[{i}] must be in [0, 1), got {beta}")
-    _check_number("eps", eps)
+            raise ValueError(f"{op}: betas[{i}] must be in [0, 1), got {beta}")
+    check_number(op, "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(
-            f"{OP}: eps must be finite and greater than 0, got {eps}; without it a gradient of 0 gives 0 / 0"
+            f"{op}: eps must be finite and greater than 0, got {eps}; without it a gradient of 0 gives 0 / 0"
         )
-    _check_number("cycle_weight", cycle_weight)
+    check_number(op, "cycle_weight", cycle_weight)
     if not 0 <= cycle_weight < math.inf:
-        raise ValueError(f"{OP}: cycle_weight must be finite and not negative, got {cycle_weight}")
+        raise ValueError(f"{op}: cycle_weight must be finite and not negative, got {cycle_weight}")
 
 
 def check_pairs(
-    pairs: tuple[Tensor, Tensor] | None, source: Tensor, target: Tensor, restarts: int
+    op: str, pairs: tuple[Tensor, Tensor] | None, source: Tensor, target: Tensor, restarts: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Returns the two, or None twice. Their values are looked at on a CPU, where that waits for nothing."""
     if pairs is None:
@@ -98,78 +108,51 @@ def check_pairs(
     if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
         got = f"{len(pairs)} of them" if isinstance(pairs, (tuple, list)) else type(pairs).__name__
         raise TypeError(
-            f"{OP}: pairs must be two tensors, nearest_target and nearest_source, or None, got {got}"
+            f"{op}: pairs must be two tensors, nearest_target and nearest_source, or None, got {got}"
         )
-    check_tensors(OP, **{"pairs[0]": pairs[0], "pairs[1]": pairs[1]})
+    check_tensors(op, **{"pairs[0]": pairs[0], "pairs[1]": pairs[1]})
     tables = (("n", source, "target", target), ("m", target, "source", source))
     for i, (nearest, (size, rows, name, others)) in enumerate(zip(pairs, tables, strict=True)):
         want = (restarts, rows.shape[0])
         cure = "one row for all restarts is expanded with .expand(R, -1)"
-        _check_int64(f"pairs[{i}]", nearest, source, f"(R, {size})", want, cure)
+        _check_int64(op, f"pairs[{i}]", nearest, source, f"(R, {size})", want, cure)
         count = others.shape[0]
-        if nearest.device.type != "cpu" or torch.compiler.is_compiling() or type(nearest) is not Tensor:
+        if not may_look_at(nearest):
             continue
         outside = (nearest < 0) | (nearest >= count)
         if bool(outside.any()):
             at = tuple(int(j) for j in outside.nonzero()[0])
             raise ValueError(
-                f"{OP}: pairs[{i}] must be rows of {name}, at least 0 and below {count}, got"
+                f"{op}: pairs[{i}] must be rows of {name}, at least 0 and below {count}, got"
                 f" {int(nearest[at])} at index {at}; leave out restarts that have found no pairs"
             )
     return pairs[0], pairs[1]
 
 
-def refuse_transforms() -> None:
+def refuse_transforms(op: str) -> None:
     if transforms():
         raise RuntimeError(
-            f"{OP}: has no derivative, and no rule for torch.func transforms or forward mode; call it outside"
+            f"{op}: has no derivative, and no rule for torch.func transforms or forward mode; call it outside"
             " of them, and pass what vmap would batch as restarts"
         )
 
 
-def _check_table(name: str, size: str, table: Tensor) -> None:
+def _check_table(op: str, name: str, size: str, table: Tensor) -> None:
     if table.dim() != 2:
-        raise ValueError(f"{OP}: {name} must have shape ({size}, D), got {shape(table)}")
+        raise ValueError(f"{op}: {name} must have shape ({size}, D), got {shape(table)}")
     if 0 in table.shape:
-        raise ValueError(f"{OP}: {name} must have {size} >= 1 and D >= 1, got {shape(table)}")
+        raise ValueError(f"{op}: {name} must have {size} >= 1 and D >= 1, got {shape(table)}")
     if table.shape[0] >= MOST_ROWS:
         raise ValueError(
-            f"{OP}: {name} must have fewer than 2^31 rows, got {shape(table)}; pass the most frequent ones"
-        )
-
-
-def _check_like(name: str, tensor: Tensor, source: Tensor) -> None:
-    _check_device(name, tensor, source)
-    if tensor.dtype != source.dtype:
-        raise TypeError(
-            f"{OP}: {name} must have the dtype of source, {source.dtype}, got {tensor.dtype};"
-            f" cast it with {name}.to(source.dtype)"
-        )
-
-
-def _check_device(name: str, tensor: Tensor, source: Tensor) -> None:
-    if tensor.device != source.device:
-        raise RuntimeError(
-            f"{OP}: {name} must be on the device of source, {source.device}, got {tensor.device};"
-            f" move it with {name}.to(source.device)"
+            f"{op}: {name} must have fewer than 2^31 rows, got {shape(table)}; pass the most frequent ones"
         )
 
 
 def _check_int64(
-    name: str, tensor: Tensor, source: Tensor, sizes: str, want: tuple[int, ...], cure: str
+    op: str, name: str, tensor: Tensor, source: Tensor, sizes: str, want: tuple[int, ...], cure: str
 ) -> None:
-    _check_device(name, tensor, source)
+    check_device(op, name, tensor, source, "source")
     if tensor.dtype != torch.int64:
-        raise TypeError(f"{OP}: {name} must be torch.int64, got {tensor.dtype}; cast it with {name}.long()")
+        raise TypeError(f"{op}: {name} must be torch.int64, got {tensor.dtype}; cast it with {name}.long()")
     if tuple(tensor.shape) != want:
-        raise ValueError(f"{OP}: {name} must have shape {sizes} = {want}, got {shape(tensor)}; {cure}")
-
-
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{OP}: {name} must be an int, got {type(value).__name__}; pass int({name})")
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"{OP}: {name} must be a number, got {type(value).__name__}; pass float({name})")
+        raise ValueError(f"{op}: {name} must have shape {sizes} = {want}, got {shape(tensor)}; {cure}")

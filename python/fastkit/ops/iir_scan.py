@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastkit import reference
 from fastkit._autograd import autocasts, transforms
 from fastkit._dispatch import Impl, Kernels, choose, covered
-from fastkit.ops._checks import FLOATING, HALF, check_tensors, shape
+from fastkit.ops._checks import FLOATING, HALF, check_tensors, widened
 from fastkit.ops.iir_scan_autograd import ONE_CHUNK, Call, scan, series, step
-from fastkit.ops.iir_scan_checks import check_like_x, check_offsets, check_scan, check_signal, check_step
-from fastkit.ops.iir_scan_checks import check_stable as refuse_unstable
+from fastkit.ops.iir_scan_checks import check_offsets, check_scan, check_sosfilt, check_step, refuse_unstable
 from fastkit.ops.iir_scan_triton import absent
 from fastkit.reference import IIRState
 
@@ -100,15 +101,16 @@ def iir_scan(
         >>> fastkit.ops.iir_scan(x, torch.tensor([[[[-0.5, 0.0]]]]))
         tensor([[[1.0000, 0.5000, 0.2500, 0.1250, 0.0625, 0.0312]]])
     """
-    check_tensors("iir_scan", x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
-    a, b = _raised(x, a, b)
-    check_scan("iir_scan", x, a, b, None, chunk, carry, cu_seqlens)
+    op = "iir_scan"
+    check_tensors(op, x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
+    a, b = _widened(x, a, b)
+    check_scan(op, x, a, b, None, chunk, carry, cu_seqlens)
     if check_stable:
-        refuse_unstable("iir_scan", a)
-    chosen = choose("iir_scan", impl, x, KERNELS)
+        refuse_unstable(op, a)
+    chosen = choose(op, impl, x, KERNELS)
     if chosen == "triton":
-        chosen = covered("iir_scan", impl, x, KERNELS, chosen, absent=absent(x, a, chunk, cu_seqlens))
-    return _scan("iir_scan", x, a, b, None, chunk, carry, cu_seqlens, chosen, needs_end=False)[0]
+        chosen = covered(op, impl, x, KERNELS, chosen, absent=absent(x, a, chunk, cu_seqlens))
+    return _scan(op, x, a, b, None, chunk, carry, cu_seqlens, chosen, needs_end=False)[0]
 
 
 def iir_scan_with_state(
@@ -154,7 +156,7 @@ def iir_scan_with_state(
     """
     op = "iir_scan_with_state"
     check_tensors(op, x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
-    a, b, state = *_raised(x, a, b), _raised_state(op, x, state)
+    a, b, state = *_widened(x, a, b), _widened_state(op, x, state)
     check_scan(op, x, a, b, state, chunk, carry, cu_seqlens)
     if check_stable:
         refuse_unstable(op, a)
@@ -200,7 +202,7 @@ def iir_step(
     """
     op = "iir_step"
     check_tensors(op, x=x_t, a=a, b_=b)
-    a, b, state = *_raised(x_t, a, b), _raised_state(op, x_t, state)
+    a, b, state = *_widened(x_t, a, b), _widened_state(op, x_t, state)
     check_step(op, x_t, a, b, state)
     batch, channels = x_t.shape
     if state is None:
@@ -244,8 +246,9 @@ def sosfilt(
     pass runs them all. A cascade keeps its accuracy at orders where one polynomial has lost it. Support: as
     ``iir_scan``.
 
-    Memory and work: one pass over x for all sections (of up to 4 rows: one for each), 5 S multiply-adds a
-    sample. Backward computes what is between the sections again: S signals like x.
+    Memory and work: 5 S multiply-adds a sample; on the CPU one pass over x for all sections, else one for
+    each. Backward on the CPU is one pass as well, and computes what is between the sections again; where
+    ``sos`` has a gradient, 2 S numbers are kept for it of every 128 samples.
 
     Example:
         >>> import torch, fastkit.ops
@@ -255,16 +258,8 @@ def sosfilt(
     """
     op = "sosfilt"
     check_tensors(op, x=x, sos=sos)
-    check_signal(op, x)
-    sos, _ = _raised(x, sos, None)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x must have shape (..., T) with T >= 1, got {shape(x)}")
-    check_like_x(op, "sos", sos, x)
-    if sos.dim() != 2 or sos.shape[0] == 0 or sos.shape[1] != 6:
-        raise ValueError(
-            f"{op}: sos must have shape (S, 6) with S >= 1 rows (b0, b1, b2, a0, a1, a2), got {shape(sos)};"
-            ' scipy.signal.butter(..., output="sos") returns it'
-        )
+    sos, _ = _widened(x, sos, None)
+    check_sosfilt(op, x, sos)
     chosen = choose(op, impl, x, KERNELS)
     if chosen == "triton":
         chosen = covered(op, impl, x, KERNELS, chosen, absent="cascades")
@@ -310,15 +305,14 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
     return y if transforms() else torch.empty_like(x).copy_(y)
 
 
-def _raised(x: Tensor, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _widened(x: Tensor, a: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
     """Under autocast, coefficients in float32 where they have half precision."""
     if (a.dtype in HALF or (b is not None and b.dtype in HALF)) and autocasts(x):
-        a = a.float() if a.dtype in HALF else a
-        b = b.float() if b is not None and b.dtype in HALF else b
+        a, b = widened(a, b)
     return a, b
 
 
-def _raised_state(op: str, x: Tensor, state: IIRState | None) -> IIRState | None:
+def _widened_state(op: str, x: Tensor, state: IIRState | None) -> IIRState | None:
     if state is None:
         return None
     if not isinstance(state, tuple) or len(state) != 2:
@@ -327,6 +321,4 @@ def _raised_state(op: str, x: Tensor, state: IIRState | None) -> IIRState | None
         if tensor is None:  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError(f"{op}: {name} must be a tensor, got None; pass state=None for zeros")
         check_tensors(op, **{name: tensor})
-    y, _ = _raised(x, state[0], None)
-    x_history, _ = _raised(x, state[1], None)
-    return IIRState(y, x_history)
+    return IIRState(*_widened(x, *state))

@@ -17,24 +17,26 @@ from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from fastkit import _native
-from fastkit._autograd import Function, differentiates, forward_mode, transforms
+from fastkit._autograd import Function, added, differentiates, forward_mode, transforms
 from fastkit.ops import iir_scan_triton
+from fastkit.ops._checks import check_one_device
 
 ONE_CHUNK = 2**62  # longer than any T; a constant, where T itself would make every length a graph of its own
-_TILE = 128  # samples between the states that a bank keeps for backward
+_TILE = 128  # samples between the states that a bank or cascade keeps for backward
 
 if _native.REASON is None:
     _fwd = torch.ops.fastkit.iir_scan_fwd.default
     _bwd = torch.ops.fastkit.iir_scan_bwd.default
     _step_fwd = torch.ops.fastkit.iir_step_fwd.default
     _sosfilt_fwd = torch.ops.fastkit.sosfilt_fwd.default
+    _sosfilt_bwd = torch.ops.fastkit.sosfilt_bwd.default
 
     @torch.library.register_fake("fastkit::iir_scan_fwd")
     def _(
         x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor | None, state_x: Tensor | None,
         cu_seqlens: Tensor | None, chunk: int, carry: bool, needs_end: bool, needs_borders: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        _check_fake(x, a, b, state_y, state_x, cu_seqlens)
+        check_one_device("iir_scan", x, a, b, state_y, state_x, cu_seqlens)
         batch, chunks = _batch_and_chunks(x, a, cu_seqlens, chunk)
         filters, rows = tuple(a.shape[3:-1]), (batch, x.shape[1])
         borders = (x.shape[0], x.shape[2] // _TILE + chunks + 1, *(filters or (1,)), 2, x.shape[1])
@@ -51,7 +53,7 @@ if _native.REASON is None:
         borders: Tensor | None, a: Tensor, b: Tensor | None, state_y: Tensor | None, state_x: Tensor | None,
         cu_seqlens: Tensor | None, chunk: int, carry: bool, needs_x: bool, needs_coefficients: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        _check_fake(x, gy, gend_y, gend_x, y, borders, a, b, state_y, state_x, cu_seqlens)
+        check_one_device("iir_scan", x, gy, gend_y, gend_x, y, borders, a, b, state_y, state_x, cu_seqlens)
         _, chunks = _batch_and_chunks(x, a, cu_seqlens, chunk)
         rows = (x.shape[0], x.shape[1], chunks, *a.shape[3:-1])
         return (
@@ -63,22 +65,28 @@ if _native.REASON is None:
         )
 
     @torch.library.register_fake("fastkit::sosfilt_fwd")
-    def _(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        _check_fake(x, a, b)
-        return torch.empty_like(x)
+    def _(x: Tensor, a: Tensor, b: Tensor, needs_borders: bool) -> tuple[Tensor, Tensor]:
+        check_one_device("iir_scan", x, a, b)
+        borders = (x.shape[0], x.shape[2] // _TILE + 2, a.shape[0], 2, x.shape[1])
+        return torch.empty_like(x), a.new_empty(borders if needs_borders and a.shape[0] > 1 else 0)
+
+    @torch.library.register_fake("fastkit::sosfilt_bwd")
+    def _(
+        gy: Tensor, x: Tensor, borders: Tensor, a: Tensor, b: Tensor, needs_x: bool, needs_coefficients: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        check_one_device("iir_scan", x, gy, borders, a, b)
+        return (
+            torch.empty_like(x) if needs_x else x.new_empty(0),
+            a.new_empty(a.shape if needs_coefficients else 0),
+            b.new_empty(b.shape if needs_coefficients else 0),
+        )
 
     @torch.library.register_fake("fastkit::iir_step_fwd")
     def _(
         x: Tensor, a: Tensor, b: Tensor | None, state_y: Tensor, state_x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _check_fake(x, a, b, state_y, state_x)
+        check_one_device("iir_scan", x, a, b, state_y, state_x)
         return x.new_empty(x.shape), state_y.new_empty(state_y.shape), state_x.new_empty(state_x.shape)
-
-    def _check_fake(x: Tensor, *others: Tensor | None) -> None:
-        # One argument on the meta device is enough for the dispatcher to come here.
-        for other in others:
-            if other is not None and other.device != x.device:
-                raise RuntimeError(f"iir_scan: tensors must be on one device, got {x.device}, {other.device}")
 
     def _batch_and_chunks(x: Tensor, a: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[int, int]:
         """How many states there are, and chunks with a gradient of their own (more than K if those share)."""
@@ -423,14 +431,14 @@ def _past_y(
         return g
     gx, ga, gb, gstate_y, gstate_x = scan_backward(g.y, None, None, x, y, None, a, b, state_y, state_x, call)
     return g._replace(
-        x=_sum(g.x, gx), y=None, a=_sum(g.a, ga), b=g.b if b is None else _sum(g.b, gb),
-        state_y=g.state_y if state_y is None else _sum(g.state_y, gstate_y),
-        state_x=g.state_x if state_x is None else _sum(g.state_x, gstate_x),
+        x=added(g.x, gx), y=None, a=added(g.a, ga), b=g.b if b is None else added(g.b, gb),
+        state_y=g.state_y if state_y is None else added(g.state_y, gstate_y),
+        state_x=g.state_x if state_x is None else added(g.state_x, gstate_x),
     )  # fmt: skip
 
 
 def _of_bank(of_filters: list[_Gradients]) -> _Gradients:
-    summed = _Gradients(*(reduce(_sum, each) for each in zip(*of_filters, strict=True)))
+    summed = _Gradients(*(reduce(added, each) for each in zip(*of_filters, strict=True)))
     stacked = {
         name: _stack([getattr(g, name) for g in of_filters], dim)
         for name, dim in (("gend_y", 2), ("a", 3), ("b", 3), ("state_y", 2))
@@ -444,12 +452,6 @@ def _filters(a: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
         return [(a, *others)]
     absent = [None] * a.shape[3]
     return zip(*(absent if t is None else t.unbind(-2) for t in (a, *others)), strict=True)
-
-
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return left if right is None else right
-    return left + right
 
 
 def _stack(tensors: list[Tensor | None], dim: int) -> Tensor | None:
@@ -493,52 +495,68 @@ def _refuse_packed(cu_seqlens: Tensor | None) -> None:
 
 def series(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x (B, C, T) through filters in series, a (S, 2) and b (S, 3)."""
-    few = x.shape[0] * x.shape[1] <= 4  # rows have kernels of their own, better than what a single pass saves
-    if few or transforms() or x.device.type != "cpu":
+    if transforms() or x.device.type != "cpu":
         for a_s, b_s in zip(a.unbind(), b.unbind(), strict=True):
             x = scan(x, a_s[None, None, None], b_s[None, None, None], None, None, _WHOLE)[0]
         return x
-    return _SosFilt.apply(x, a, b) if differentiates(x, a, b) else _sosfilt_fwd(x, a, b)
+    if not differentiates(x, a, b):
+        return _sosfilt_fwd(x, a, b, False)[0]
+    return _SosFilt.apply(x, a, b, a.requires_grad or b.requires_grad)[0]
 
 
 _WHOLE = Call(None, ONE_CHUNK, True)
 
 
 class _SosFilt(Function):
-    """One pass forward; backward computes what is between the filters again, a scan for each."""
+    """One pass each way, in which backward computes what is between the filters again."""
 
     @staticmethod
-    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return _sosfilt_fwd(x, a, b)
+    def forward(x: Tensor, a: Tensor, b: Tensor, needs_sections: bool) -> tuple[Tensor, Tensor]:
+        return _sosfilt_fwd(x, a, b, needs_sections)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, a, b, _ = inputs
+        y, borders = output
+        ctx.mark_non_differentiable(borders)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a, b, y if a.shape[0] == 1 else borders)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        x, a, b, y = ctx.saved_tensors
-        (g,) = grad_outputs
-        needs_sections = any(ctx.needs_input_grad[1:])
-        sections = [
-            (a_s[None, None, None], b_s[None, None, None])
-            for a_s, b_s in zip(a.unbind(), b.unbind(), strict=True)
-        ]
-        signals = [x]
-        for section in sections[:-1]:
-            signals.append(scan(signals[-1], *section, None, None, _WHOLE)[0])
-        signals.append(y)
-        ga, gb = [], []
-        for s in reversed(range(len(sections))):
-            g, ga_s, gb_s, _, _ = scan_backward(
-                g, None, None, signals[s], signals[s + 1], None, *sections[s], None, None, _WHOLE,
-                s > 0 or ctx.needs_input_grad[0], needs_sections,
-            )  # fmt: skip
-            ga.insert(0, ga_s)
-            gb.insert(0, gb_s)
-        if not needs_sections:
-            return g, None, None
-        return g if ctx.needs_input_grad[0] else None, torch.stack(ga).view_as(a), torch.stack(gb).view_as(b)
+        x, a, b, kept = ctx.saved_tensors
+        g, _ = grad_outputs
+        if g is None:
+            return None, None, None, None
+        needs_x, *needs = ctx.needs_input_grad[:3]
+        again = differentiates(g, x, a, b) and not torch.compiler.is_compiling()
+        run = _series_backward if again else _sosfilt_bwd
+        gx, ga, gb = run(g, x, kept, a, b, needs_x, any(needs))
+        return gx if needs_x else None, ga if needs[0] else None, gb if needs[1] else None, None
+
+
+def _series_backward(
+    g: Tensor, x: Tensor, _: Tensor, a: Tensor, b: Tensor, needs_x: bool, needs_sections: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As sosfilt_bwd, of scans, which are differentiable."""
+    sections = [
+        (a_s[None, None, None], b_s[None, None, None])
+        for a_s, b_s in zip(a.unbind(), b.unbind(), strict=True)
+    ]
+    signals = [x]
+    for section in sections:
+        signals.append(scan(signals[-1], *section, None, None, _WHOLE)[0])
+    ga, gb = [], []
+    for s in reversed(range(len(sections))):
+        g, ga_s, gb_s, _, _ = scan_backward(
+            g, None, None, signals[s], signals[s + 1], None, *sections[s], None, None, _WHOLE,
+            s > 0 or needs_x, needs_sections,
+        )  # fmt: skip
+        ga.insert(0, ga_s)
+        gb.insert(0, gb_s)
+    if not needs_sections:
+        return g, None, None
+    return g, torch.stack(ga).view_as(a), torch.stack(gb).view_as(b)
 
 
 def step(

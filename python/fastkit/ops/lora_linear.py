@@ -179,9 +179,7 @@ def _rows(
     """The call of a kernel on (tokens, features)."""
     rows = x.reshape(-1, x.shape[-1])
     lora_rows = None if lora_x is None else lora_x.reshape(rows.shape)
-    y, square_sum = lora(
-        rows, weight, bias, lora_a, lora_b, lora_rows, mask, float(scale), stats, chosen == "triton"
-    )
+    y, square_sum = lora(rows, weight, bias, lora_a, lora_b, lora_rows, mask, float(scale), stats, chosen)
     return LinearWithStats(y.view(*x.shape[:-1], y.shape[-1]), square_sum)
 
 

@@ -15,41 +15,15 @@ from torch.nn.functional import linear
 
 from fastkit import _native
 from fastkit._autograd import Function, differentiates, without_autocast
+from fastkit._dispatch import Impl
 from fastkit.ops import lora_linear_triton
 from fastkit.ops._checks import arithmetic
 
 if _native.REASON is None:
     _fwd_ = torch.ops.fastkit.lora_linear_fwd_.default
     _bwd_ = torch.ops.fastkit.lora_linear_bwd_.default
-
-    @torch.library.register_fake("fastkit::lora_linear_fwd_")
-    def _(
-        y: Tensor, x: Tensor, lora_x: Tensor | None, a: Tensor, mask: Tensor | None, b: Tensor, scale: float,
-        needs_square_sum: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        _check_fake(x, y, lora_x, a, mask, b)
-        h = x.new_empty((x.shape[0], a.shape[0]), dtype=arithmetic(x))
-        return h, x.new_empty(a.shape[1] if needs_square_sum else 0, dtype=torch.float32)
-
-    @torch.library.register_fake("fastkit::lora_linear_bwd_")
-    def _(
-        gx: Tensor | None, gy: Tensor, x: Tensor, h: Tensor, a: Tensor, mask: Tensor | None, b: Tensor,
-        scale: float, adds: bool, needs_adapter: bool, needs_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        _check_fake(x, gx, gy, h, a, mask, b)
-        return (
-            h.new_empty(a.shape if needs_adapter else 0),
-            h.new_empty(b.shape if needs_adapter else 0),
-            h.new_empty(b.shape[0] if needs_bias else 0),
-        )
-
-    def _check_fake(x: Tensor, *others: Tensor | None) -> None:
-        # One argument on the meta device is enough for the dispatcher to come here.
-        for other in others:
-            if other is not None and other.device != x.device:
-                raise RuntimeError(
-                    f"lora_linear: tensors must be on one device, got {x.device}, {other.device}"
-                )
+    torch.library.register_fake("fastkit::lora_linear_fwd_", lora_linear_triton.fake_forward_)
+    torch.library.register_fake("fastkit::lora_linear_bwd_", lora_linear_triton.fake_backward_)
 
 
 class Needs(NamedTuple):
@@ -65,13 +39,13 @@ class Needs(NamedTuple):
 
 def lora(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
-    mask: Tensor | None, scale: float, needs_square_sum: bool, triton: bool,
+    mask: Tensor | None, scale: float, needs_square_sum: bool, chosen: Impl,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (N, O) of x (N, D), and the column sums of squares, empty unless needed.
 
     Without a weight y is the low-rank part alone.
     """
-    args = (x, weight, bias, a, b, lora_x, mask, scale, needs_square_sum, triton)
+    args = (x, weight, bias, a, b, lora_x, mask, scale, needs_square_sum, chosen)
     if differentiates(x, weight, bias, a, b, lora_x):
         return _LoRALinear.apply(*args)[:2]
     return _run(*args)[:2]
@@ -79,15 +53,14 @@ def lora(
 
 def _run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
-    mask: Tensor | None, scale: float, needs_square_sum: bool, triton: bool,
+    mask: Tensor | None, scale: float, needs_square_sum: bool, chosen: Impl,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the sums of squares, and h, which the backward takes."""
     y = x.new_zeros((x.shape[0], b.shape[0])) if weight is None else linear(x, weight, bias)
+    # Selective checkpointing keeps what linear gave, and takes it again: it is not to be added to.
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
-        y = (
-            y.clone()
-        )  # selective checkpointing keeps what linear gave, and takes it again: not to be added to
-    forward_ = lora_linear_triton.forward_ if triton else _fwd_
+        y = y.clone()
+    forward_ = lora_linear_triton.forward_ if chosen == "triton" else _fwd_
     h, square_sum = forward_(y, x, lora_x, a, mask, b, scale, needs_square_sum)
     return y, square_sum, h
 
@@ -96,13 +69,13 @@ class _LoRALinear(Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
-        mask: Tensor | None, scale: float, needs_square_sum: bool, triton: bool,
+        mask: Tensor | None, scale: float, needs_square_sum: bool, chosen: Impl,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return _run(x, weight, bias, a, b, lora_x, mask, scale, needs_square_sum, triton)
+        return _run(x, weight, bias, a, b, lora_x, mask, scale, needs_square_sum, chosen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, a, b, lora_x, mask, ctx.scale, _, ctx.triton = inputs
+        x, weight, bias, a, b, lora_x, mask, ctx.scale, _, ctx.chosen = inputs
         _, square_sum, h = output
         ctx.mark_non_differentiable(square_sum, h)
         ctx.set_materialize_grads(False)
@@ -116,7 +89,7 @@ class _LoRALinear(Function):
             return (None,) * 10
         x, weight, a, b, lora_x, mask, h = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[:6])
-        args = (gy, x, weight, a, b, lora_x, mask, h, ctx.scale, needs, ctx.triton)
+        args = (gy, x, weight, a, b, lora_x, mask, h, ctx.scale, needs, ctx.chosen)
         if differentiates(gy, x, weight, a, b, lora_x):
             gx, gw, gbias, ga, gb, glx = _LoRALinearBackward.apply(*args)
         else:
@@ -129,32 +102,26 @@ class _LoRALinear(Function):
 
 def _run_backward(
     gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
-    mask: Tensor | None, h: Tensor, scale: float, needs: Needs, triton: bool,
+    mask: Tensor | None, h: Tensor, scale: float, needs: Needs, chosen: Impl,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients; what is not needed is empty. In the dtypes of the forward, whatever is on by now."""
     with without_autocast(gy):
-        return _run_backward_as_given(gy, x, weight, a, b, lora_x, mask, h, scale, needs, triton)
-
-
-def _run_backward_as_given(
-    gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
-    mask: Tensor | None, h: Tensor, scale: float, needs: Needs, triton: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    none = gy.new_empty(0)
-    gx = none
-    if needs.x and weight is not None:
-        gx = gy @ weight
-    elif needs.x:
-        gx = x.new_empty(x.shape) if lora_x is None else x.new_zeros(x.shape)
-    gw = gy.T @ x if needs.weight else none
-    glx = lora_x.new_empty(lora_x.shape) if lora_x is not None and needs.lora_x else none
-    target, wanted = (gx, needs.x) if lora_x is None else (glx, needs.lora_x)
-    backward_ = lora_linear_triton.backward_ if triton else _bwd_
-    ga, gb, gbias = backward_(
-        target if wanted else None, gy, x if lora_x is None else lora_x, h, a, mask, b, scale,
-        lora_x is None and weight is not None, needs.a or needs.b, needs.bias,
-    )  # fmt: skip
-    return gx, gw, gbias, ga.to(a.dtype), gb.to(b.dtype), glx
+        gx = gw = glx = gy.new_empty(0)
+        if needs.x and weight is not None:
+            gx = gy @ weight
+        elif needs.x:
+            gx = x.new_empty(x.shape) if lora_x is None else x.new_zeros(x.shape)
+        if needs.weight:
+            gw = gy.T @ x
+        if lora_x is not None and needs.lora_x:
+            glx = lora_x.new_empty(lora_x.shape)
+        target, wanted = (gx, needs.x) if lora_x is None else (glx, needs.lora_x)
+        backward_ = lora_linear_triton.backward_ if chosen == "triton" else _bwd_
+        ga, gb, gbias = backward_(
+            target if wanted else None, gy, x if lora_x is None else lora_x, h, a, mask, b, scale,
+            lora_x is None and weight is not None, needs.a or needs.b, needs.bias,
+        )  # fmt: skip
+        return gx, gw, gbias, ga.to(a.dtype), gb.to(b.dtype), glx
 
 
 class _LoRALinearBackward(Function):
@@ -168,9 +135,9 @@ class _LoRALinearBackward(Function):
     @staticmethod
     def forward(
         gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, lora_x: Tensor | None,
-        mask: Tensor | None, h: Tensor, scale: float, needs: Needs, triton: bool,
+        mask: Tensor | None, h: Tensor, scale: float, needs: Needs, chosen: Impl,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return _run_backward(gy, x, weight, a, b, lora_x, mask, h, scale, needs, triton)
+        return _run_backward(gy, x, weight, a, b, lora_x, mask, h, scale, needs, chosen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

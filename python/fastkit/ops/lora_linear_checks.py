@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from fastkit._autograd import transforms
-from fastkit.ops._checks import FLOATING, arithmetic, check_device, check_tensors, shape
+from fastkit.ops._checks import (
+    FLOATING,
+    check_device,
+    check_floating,
+    check_like,
+    check_like_or_widened,
+    check_not_expanded,
+    check_not_negative,
+    check_number,
+    check_tensors,
+    shape,
+)
+
+_CURE = "cast it with {name}.to(x.dtype), or run under torch.autocast"
 
 
 def check_rows(op: str, x: Tensor) -> None:
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{op}: x must be floating point and real, got {x.dtype}; cast it to torch.float32")
+    check_floating(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape (..., D), got a number; pass x[None]")
     if x.shape[-1] == 0:
@@ -33,11 +45,10 @@ def check_linear(
 ) -> None:
     """``weight`` is None where the low-rank part is alone."""
     check_rows(op, x)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}; pass float(scale)")
+    check_number(op, "scale", scale)
     columns = x.shape[-1]
     if weight is not None:
-        _check_like(op, "weight", weight, x)
+        check_like(op, "weight", weight, x, cure=_CURE)
         if weight.dim() != 2 or weight.shape[1] != columns:
             raise ValueError(
                 f"{op}: weight must have shape (O, D) with D = {columns}, got {shape(weight)};"
@@ -47,15 +58,15 @@ def check_linear(
         lora_b.shape[0] if weight is None and lora_b.dim() == 2 else -1 if weight is None else weight.shape[0]
     )
     if bias is not None:
-        _check_like(op, "bias", bias, x)
+        check_like(op, "bias", bias, x, cure=_CURE)
         if tuple(bias.shape) != (outputs,):
             raise ValueError(f"{op}: bias must have shape (O,) = ({outputs},), got {shape(bias)}")
-    _check_adapter(op, "lora_a", lora_a, x)
+    check_like_or_widened(op, "lora_a", lora_a, x, cure=_CURE)
     if lora_a.dim() != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != columns:
         raise ValueError(
             f"{op}: lora_a must have shape (R, D) with R >= 1 and D = {columns}, got {shape(lora_a)}"
         )
-    _check_adapter(op, "lora_b", lora_b, x)
+    check_like_or_widened(op, "lora_b", lora_b, x, cure=_CURE)
     if tuple(lora_b.shape) != (outputs, lora_a.shape[0]):
         raise ValueError(
             f"{op}: lora_b must have shape (O, R) = ({outputs}, {lora_a.shape[0]}), got {shape(lora_b)}"
@@ -72,7 +83,7 @@ def check_linear(
                 " expand one that is shared by rows"
             )
     if lora_x is not None:
-        _check_like(op, "lora_x", lora_x, x)
+        check_like(op, "lora_x", lora_x, x, cure=_CURE)
         if lora_x.shape != x.shape:
             raise ValueError(
                 f"{op}: lora_x must have the shape of x, {shape(x)}, got {shape(lora_x)};"
@@ -81,8 +92,7 @@ def check_linear(
 
 
 def check_pruning(op: str, matrices: Sequence[Tensor], norms: Sequence[Tensor], ratio: float) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"{op}: ratio must be a number, got {type(ratio).__name__}; pass float(ratio)")
+    check_number(op, "ratio", ratio)
     if not 0.0 <= ratio < 1.0:
         raise ValueError(
             f"{op}: ratio must be in [0, 1), got {ratio}; it is the share of a row that is zeroed"
@@ -105,11 +115,7 @@ def check_pruning(op: str, matrices: Sequence[Tensor], norms: Sequence[Tensor], 
                 f"{op}: {name} must be on the device of the first, {matrices[0].device}, got {matrix.device};"
                 " prune those of each device by a call of their own"
             )
-        if norm.device != matrix.device:
-            raise RuntimeError(
-                f"{op}: {of_norm} must be on the device of {name}, {matrix.device}, got {norm.device};"
-                f" move it with {of_norm}.to({name}.device)"
-            )
+        check_device(op, of_norm, norm, matrix, name)
         if norm.dtype != torch.float32:
             raise TypeError(f"{op}: {of_norm} must be torch.float32, got {norm.dtype}; cast it")
         if tuple(norm.shape) != (matrix.shape[1],):
@@ -119,34 +125,24 @@ def check_pruning(op: str, matrices: Sequence[Tensor], norms: Sequence[Tensor], 
             )
 
 
-def check_values(norms: Sequence[Tensor]) -> None:
-    """For the reference on a CPU; the CPU's kernel has the same check."""
-    for norm in norms:
-        if norm.device.type != "cpu" or torch.compiler.is_compiling() or transforms():
-            continue
-        bad = ~(norm.isfinite() & (norm >= 0))
-        if bool(bad.any()):
-            i = int(bad.nonzero()[0])
-            raise RuntimeError(
-                f"prune_rows_: input_norm must be finite and not negative, got {float(norm[i]):g} at index"
-                f" {i}; leave out batches whose statistic is not finite"
+def check_written(op: str, matrices: list[Tensor]) -> None:
+    """That no entry is written to twice, as far as that is told at a glance."""
+    single = op == "prune_rows_"
+    for i, matrix in enumerate(matrices):
+        check_not_expanded(op, "lora_a" if single else f"lora_as[{i}]", matrix)
+    if single or torch.compiler.is_compiling() or transforms():  # which have no addresses
+        return
+    first: dict[int, int] = {}
+    for i, matrix in enumerate(matrices):
+        j = first.setdefault(matrix.data_ptr(), i) if matrix.numel() else i
+        if j != i:
+            raise ValueError(
+                f"{op}: lora_as must not share memory, got lora_as[{i}] at the address of lora_as[{j}];"
+                " list each matrix once"
             )
 
 
-def _check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    check_device(op, name, tensor, x)
-    if tensor.dtype != x.dtype:
-        raise TypeError(
-            f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype};"
-            f" cast it with {name}.to(x.dtype), or run under torch.autocast"
-        )
-
-
-def _check_adapter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    check_device(op, name, tensor, x)
-    if tensor.dtype not in (x.dtype, arithmetic(x)):
-        also = f" or {arithmetic(x)}" if arithmetic(x) != x.dtype else ""
-        raise TypeError(
-            f"{op}: {name} must be {x.dtype}{also} for x of {x.dtype}, got {tensor.dtype};"
-            f" cast it with {name}.to(x.dtype), or run under torch.autocast"
-        )
+def check_values(norms: Sequence[Tensor]) -> None:
+    for norm in norms:
+        cure = "leave out batches whose statistic is not finite"
+        check_not_negative("prune_rows_", "input_norm", norm, cure)

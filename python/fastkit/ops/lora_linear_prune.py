@@ -11,8 +11,8 @@ from fastkit import _native, reference
 from fastkit._autograd import transforms
 from fastkit._dispatch import Impl, Kernels, choose
 from fastkit.ops import lora_linear_triton
-from fastkit.ops._checks import FLOATING, HALF, check_tensors, shape
-from fastkit.ops.lora_linear_checks import check_pruning, check_rows, check_values
+from fastkit.ops._checks import FLOATING, HALF, check_tensors
+from fastkit.ops.lora_linear_checks import check_pruning, check_rows, check_values, check_written
 
 NORM_KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 PRUNE_KERNELS: Kernels = {"cpu": FLOATING, "cuda": FLOATING}
@@ -20,10 +20,7 @@ PRUNE_KERNELS: Kernels = {"cpu": FLOATING, "cuda": FLOATING}
 if _native.REASON is None:
     _column_square_sums = torch.ops.fastkit.column_square_sums.default
     _prune_rows_ = torch.ops.fastkit.prune_rows_.default
-
-    @torch.library.register_fake("fastkit::column_square_sums")
-    def _(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[1], dtype=torch.float32)
+    torch.library.register_fake("fastkit::column_square_sums", lora_linear_triton.fake_column_square_sums)
 
     @torch.library.register_fake("fastkit::prune_rows_")
     def _(matrices: list[Tensor], norms: list[Tensor], ratio: float, masks: list[Tensor]) -> None:
@@ -195,7 +192,7 @@ def _prune(
     op: str, matrices: list[Tensor], norms: list[Tensor], ratio: float, impl: Impl | None
 ) -> list[Tensor]:
     check_pruning(op, matrices, norms, ratio)
-    _check_written(op, matrices)
+    check_written(op, matrices)
     if not matrices:
         return []
     if choose(op, impl, matrices[0], PRUNE_KERNELS) == "reference" or transforms():
@@ -207,26 +204,3 @@ def _prune(
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([m for m in matrices if not m.is_inference()])
     return masks
-
-
-def _check_written(op: str, matrices: list[Tensor]) -> None:
-    """That no entry is written to twice, as far as that is told at a glance."""
-    single = op == "prune_rows_"
-    for i, matrix in enumerate(matrices):
-        name = "lora_a" if single else f"lora_as[{i}]"
-        strides = matrix.stride()
-        if 0 in strides and any(n > 1 and step == 0 for n, step in zip(matrix.shape, strides, strict=True)):
-            raise ValueError(
-                f"{op}: {name} must have its own memory for each entry, got an expanded tensor of shape"
-                f" {shape(matrix)}; pass {name}.clone()"
-            )
-    if single or torch.compiler.is_compiling() or transforms():  # which have no addresses
-        return
-    first: dict[int, int] = {}
-    for i, matrix in enumerate(matrices):
-        j = first.setdefault(matrix.data_ptr(), i) if matrix.numel() else i
-        if j != i:
-            raise ValueError(
-                f"{op}: lora_as must not share memory, got lora_as[{i}] at the address of lora_as[{j}];"
-                " list each matrix once"
-            )

@@ -84,13 +84,14 @@ def moments(
         (tensor([3., 1.]), tensor([[4., 1.],
                 [1., 1.]]))
     """
-    check_tensors("moments", x=x, weights_=weights)
+    op = "moments"
+    check_tensors(op, x=x, weights_=weights)
     if weights is not None and weights.dtype in HALF and autocasts(x):
         weights = weights.to(arithmetic(x))
-    check_moments("moments", x, weights)
-    chosen = choose("moments", impl, x, KERNELS)
+    check_moments(op, x, weights)
+    chosen = choose(op, impl, x, KERNELS)
     if chosen != "cpu":  # which looks at the weights as it reads them
-        check_values("moments", weights)
+        check_values(op, weights)
     if impl == "reference" or transforms():
         with without_autocast(x):
             return reference.moments(x, weights=weights)
@@ -148,6 +149,7 @@ def merge_moments(
         >>> fastkit.ops.merge_moments(a, b)
         Moments(count=tensor(4., dtype=torch.float64), mean=tensor([4.]), scatter=tensor([[20.]]))
     """
-    check_merge("merge_moments", a, b)
-    choose("merge_moments", impl, a.mean, _OF_MERGE)
+    op = "merge_moments"
+    check_merge(op, a, b)
+    choose(op, impl, a.mean, _OF_MERGE)
     return reference.merge_moments(a, b)

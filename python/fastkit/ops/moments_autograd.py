@@ -28,15 +28,7 @@ from fastkit.reference import Moments
 
 if _native.REASON is None:
     _fwd = torch.ops.fastkit.moments_fwd.default
-
-    @torch.library.register_fake("fastkit::moments_fwd")
-    def _(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        # One argument on the meta device is enough for the dispatcher to come here.
-        if weights is not None and weights.device != x.device:
-            raise RuntimeError(f"moments: tensors must be on one device, got {x.device}, {weights.device}")
-        columns, dtype = x.shape[1], arithmetic(x)
-        count = x.new_empty((), dtype=torch.float64)
-        return count, x.new_empty(columns, dtype=dtype), x.new_empty((columns, columns), dtype=dtype)
+    torch.library.register_fake("fastkit::moments_fwd", moments_triton.fake)
 
 
 def differentiable_moments(x: Tensor, weights: Tensor | None, chosen: Impl) -> Moments:

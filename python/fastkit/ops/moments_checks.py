@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkit._autograd import transforms
-from fastkit.ops._checks import FLOATING, arithmetic, check_device, check_tensors, shape
+from fastkit.ops._checks import (
+    check_device,
+    check_floating,
+    check_like_or_widened,
+    check_not_negative,
+    check_tensors,
+    shape,
+)
 from fastkit.reference import Moments
 
 
 def check_moments(op: str, x: Tensor, weights: Tensor | None) -> None:
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{op}: x must be floating point and real, got {x.dtype}; cast it to torch.float32")
+    check_floating(op, "x", x)
     if x.dim() != 2:
         raise ValueError(
             f"{op}: x must have shape (N, D), got {shape(x)}; pass x.reshape(-1, D), or x[None] for one row"
@@ -21,31 +26,14 @@ def check_moments(op: str, x: Tensor, weights: Tensor | None) -> None:
         raise ValueError(f"{op}: x must have D >= 1, got {shape(x)}; skip the call for D = 0")
     if weights is None:
         return
-    check_device(op, "weights", weights, x)
-    if weights.dtype not in (x.dtype, arithmetic(x)):
-        also = f" or {arithmetic(x)}" if arithmetic(x) != x.dtype else ""
-        raise TypeError(
-            f"{op}: weights must be {x.dtype}{also} for x of {x.dtype}, got {weights.dtype};"
-            f" cast it with weights.to({arithmetic(x)})"
-        )
+    check_like_or_widened(op, "weights", weights, x, cure="cast it with {name}.to({dtype})")
     if tuple(weights.shape) != (x.shape[0],):
         raise ValueError(f"{op}: weights must have shape (N,) = ({x.shape[0]},), got {shape(weights)}")
 
 
 def check_values(op: str, weights: Tensor | None) -> None:
-    """On a CPU, where that waits for nothing: a value cannot be looked at in a traced function."""
-    if weights is None or weights.device.type != "cpu" or torch.compiler.is_compiling() or transforms():
-        return
-    weights = weights.detach()
-    if type(weights) is not Tensor:  # a fake one
-        return
-    bad = ~(weights.isfinite() & (weights >= 0))
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        raise RuntimeError(
-            f"{op}: weights must be finite and not negative, got {float(weights[i]):g} at index {i};"
-            " leave that row out, or give it the weight 0"
-        )
+    if weights is not None:
+        check_not_negative(op, "weights", weights, "leave that row out, or give it the weight 0")
 
 
 def check_merge(op: str, a: Moments, b: Moments) -> None:
@@ -80,11 +68,7 @@ def check_merge(op: str, a: Moments, b: Moments) -> None:
                 f" got {shape(some.scatter)}"
             )
         for field, tensor in some._asdict().items():
-            if tensor.device != a.mean.device:
-                raise RuntimeError(
-                    f"{op}: {name}.{field} must be on the device of a.mean, {a.mean.device}, got"
-                    f" {tensor.device}; move it with {name}.{field}.to(a.mean.device)"
-                )
+            check_device(op, f"{name}.{field}", tensor, a.mean, "a.mean")
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"{op}: b must have the D of a, {a.mean.shape[0]}, got {b.mean.shape[0]};"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkit.ops._checks import FLOATING, arithmetic, check_tensors, shape
+from fastkit.ops._checks import FLOATING, arithmetic, check_not_expanded, check_tensors, shape
 
 MOST_TERMS = 1024  # whose pointers fit the parameters of a CUDA kernel
 
@@ -135,11 +135,7 @@ def _check_params(op: str, params: list[Tensor], like: Tensor) -> None:
     addresses: dict[int, int] = {}
     for i, param in enumerate(params):
         _check_of_parameter(op, f"params[{i}]", param, param, like, like.dtype)
-        if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
-            raise ValueError(
-                f"{op}: params[{i}] must have its own memory for each entry, got an expanded tensor of shape"
-                f" {shape(param)}; pass params[{i}].clone()"
-            )
+        check_not_expanded(op, f"params[{i}]", param)
         if param.numel() and not torch.compiler.is_compiling():
             j = addresses.setdefault(param.data_ptr(), i)
             if j != i:

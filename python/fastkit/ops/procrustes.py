@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkit._autograd import Function, autocasts, transforms, without_autocast
-from fastkit._dispatch import Impl, InPyTorch, choose
-from fastkit.ops._checks import FLOATING, HALF
+from fastkit._dispatch import Impl, InPyTorch, Kernels, choose
+from fastkit.ops._checks import FLOATING, arithmetic, check_tensors, widened
 from fastkit.ops.procrustes_autograd import polar_factor, refuse_singular
 from fastkit.ops.procrustes_checks import check_finite, check_polar, check_procrustes
 from fastkit.ops.procrustes_iterations import scaled, warn_of_singular
@@ -18,7 +18,7 @@ from fastkit.reference.procrustes import is_singular
 from fastkit.reference.procrustes import polar as reference_polar
 from fastkit.reference.procrustes import procrustes as reference_procrustes
 
-KERNELS = InPyTorch(cpu=FLOATING, cuda=FLOATING)
+KERNELS: Kernels = InPyTorch(cpu=FLOATING, cuda=FLOATING)
 
 
 def polar(m: Tensor, *, impl: Impl | None = None) -> Tensor:  # (..., D, D) -> (..., D, D)
@@ -65,15 +65,19 @@ def polar(m: Tensor, *, impl: Impl | None = None) -> Tensor:  # (..., D, D) -> (
         tensor([[ 0., -1.],
                 [ 1.,  0.]])
     """
-    check_polar(m)
-    m = _autocast(m)
-    chosen = choose("polar", impl, m, KERNELS)
+    op = "polar"
+    check_tensors(op, m=m)
+    if autocasts(m):
+        (m,) = widened(m)
+    check_polar(op, m)
+    chosen = choose(op, impl, m, KERNELS)
     if m.numel() == 0:
         return m.clone(memory_format=torch.contiguous_format)
     with without_autocast(m):
         if chosen == "reference" or transforms():
-            return _guarded("polar", m, lambda: reference_polar(m), m.dtype)
-        return _polar("polar", m.reshape(-1, *m.shape[-2:])).reshape(m.shape).to(m.dtype)
+            return _guarded(op, m, lambda: reference_polar(m), m.dtype)
+        matrices = m.reshape(-1, *m.shape[-2:]).to(arithmetic(m))
+        return polar_factor(matrices, op).reshape(m.shape).to(m.dtype)
 
 
 def procrustes(
@@ -124,39 +128,30 @@ def procrustes(
         tensor([[ 0.,  1.],
                 [-1.,  0.]])
     """
-    check_procrustes(source, target)
-    source, target = _autocast(source), _autocast(target)
-    chosen = choose("procrustes", impl, source, KERNELS)
+    op = "procrustes"
+    check_tensors(op, source=source, target=target)
+    if autocasts(source):
+        source, target = widened(source, target)
+    check_procrustes(op, source, target)
+    chosen = choose(op, impl, source, KERNELS)
     with without_autocast(source):
         if chosen == "reference" or transforms():
             m = target.detach().double().mT @ source.detach().double()
-            return _guarded(
-                "procrustes",
-                m,
-                lambda: reference_procrustes(source, target).contiguous(),
-                source.dtype,
-            )
+            return _guarded(op, m, lambda: reference_procrustes(source, target).contiguous(), source.dtype)
         m = _cross_product(source, target)
-        w = _polar("procrustes", m.unsqueeze(0) if m.shape[0] >= m.shape[1] else m.mT.unsqueeze(0))[0]
-        return (w if m.shape[0] >= m.shape[1] else w.mT.contiguous()).to(source.dtype)
+        tall = m.shape[0] >= m.shape[1]
+        w = polar_factor((m if tall else m.mT).unsqueeze(0), op)[0]
+        return (w if tall else w.mT.contiguous()).to(source.dtype)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF and autocasts(x) else x
-
-
-def _polar(op: str, m: Tensor) -> Tensor:  # (B, P, Q)
-    return polar_factor(m.float() if m.dtype in HALF else m, op)
-
-
-def _cross_product(source: Tensor, target: Tensor) -> Tensor:  # (E, D), float32 or float64
+def _cross_product(source: Tensor, target: Tensor) -> Tensor:  # (E, D), in the dtype of the arithmetic
     """``target^T source`` but for scale. What is singular by its shape is so to the last bit."""
-    dtype = torch.float32 if source.dtype in HALF else source.dtype
+    dtype = arithmetic(source)
     few = source.shape[0] < min(source.shape[1], target.shape[1])
     if source.shape[0] > 0:
         source, target = scaled(source.to(dtype)), scaled(target.to(dtype))
-    arithmetic = torch.float64 if few else dtype
-    return (target.to(arithmetic).mT @ source.to(arithmetic)).to(dtype)
+    precise = torch.float64 if few else dtype
+    return (target.to(precise).mT @ source.to(precise)).to(dtype)
 
 
 def _guarded(op: str, m: Tensor, factor: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from fastkit._autograd import Function, differentiates, without_autocast
+from fastkit.ops._define import define
 from fastkit.ops.procrustes_iterations import factor, ieee_products
-
-_library = torch.library.Library("fastkit_products", "FRAGMENT")
-for _signature in (
-    "polar(Tensor m, str op) -> (Tensor, Tensor)",
-    "polar_tangent(Tensor g, Tensor m, Tensor w, Tensor singular, str op) -> Tensor",
-):
-    _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def polar_factor(m: Tensor, op: str) -> Tensor:  # (B, P, Q), P >= Q
@@ -59,23 +53,21 @@ def refuse_singular(op: str, singular: Tensor) -> None:
         )
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("polar", factor, _device)
-    _library.impl("polar_tangent", _tangent_of, _device)
-
-
-@torch.library.register_fake("fastkit_products::polar", lib=_library)
-def _(m: Tensor, op: str) -> tuple[Tensor, Tensor]:
+def _fake_polar(m: Tensor, op: str) -> tuple[Tensor, Tensor]:
     return m.new_empty(m.shape), m.new_empty(m.shape[0], dtype=torch.bool)
 
 
-@torch.library.register_fake("fastkit_products::polar_tangent", lib=_library)
-def _(g: Tensor, m: Tensor, w: Tensor, singular: Tensor, op: str) -> Tensor:
+def _fake_tangent(g: Tensor, m: Tensor, w: Tensor, singular: Tensor, op: str) -> Tensor:
     return m.new_empty(m.shape)
 
 
-_polar = torch.ops.fastkit_products.polar.default
-_polar_tangent = torch.ops.fastkit_products.polar_tangent.default
+_polar = define("fastkit_products", "polar(Tensor m, str op) -> (Tensor, Tensor)", factor, _fake_polar)
+_polar_tangent = define(
+    "fastkit_products",
+    "polar_tangent(Tensor g, Tensor m, Tensor w, Tensor singular, str op) -> Tensor",
+    _tangent_of,
+    _fake_tangent,
+)
 
 
 class _Polar(Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkit import reference
 from fastkit._autograd import autocasts, transforms
 from fastkit._dispatch import Impl, Kernels, choose, covered
-from fastkit.ops._checks import FLOATING, HALF, check_tensors
+from fastkit.ops._checks import FLOATING, HALF, check_tensors, widened
 from fastkit.ops.topk_similarity_autograd import both_nearest, nearest, unit_rows
 from fastkit.ops.topk_similarity_checks import check_csls, check_topk
 from fastkit.ops.topk_similarity_triton import absent
@@ -93,8 +93,7 @@ def topk_similarity(
     op = "topk_similarity"
     check_tensors(op, queries=queries, keys=keys, key_bias_=key_bias)
     if autocasts(queries):
-        queries, keys = _raised(queries), _raised(keys)
-        key_bias = None if key_bias is None else _raised(key_bias)
+        queries, keys, key_bias = widened(queries, keys, key_bias)
     check_topk(op, queries, keys, k, metric, key_bias)
     chosen = choose(op, impl, queries, KERNELS)
     if chosen == "triton":
@@ -169,8 +168,7 @@ def csls_topk(
     op = "csls_topk"
     check_tensors(op, queries=queries, keys=keys, sources_=sources)
     if autocasts(queries):
-        queries, keys = _raised(queries), _raised(keys)
-        sources = None if sources is None else _raised(sources)
+        queries, keys, sources = widened(queries, keys, sources)
     check_csls(op, queries, keys, k, sources, neighbors)
     chosen = choose(op, impl, queries, KERNELS)
     if chosen == "triton":
@@ -186,7 +184,3 @@ def csls_topk(
     values, indices = nearest(queries, keys, -of_keys.values.mean(1) / 2, k, False, chosen)
     values = 2 * values - of_queries.values.mean(1, keepdim=True)
     return TopK(values, indices.masked_fill(values.detach().isnan(), -1))
-
-
-def _raised(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkit import _native, reference
-from fastkit._autograd import Function, differentiates, without_autocast
+from fastkit._autograd import Function, added, differentiates, without_autocast
 from fastkit._dispatch import Impl
 from fastkit.ops import topk_similarity_triton
 from fastkit.ops._checks import arithmetic
@@ -23,39 +23,20 @@ from fastkit.reference.topk_similarity import unit_rows as reference_unit_rows
 _NUMBERS = 2**20
 """Of the chosen keys, and of the gradients to them, about so many numbers exist at a time."""
 
-
 if _native.REASON is None:
     _fwd = torch.ops.fastkit.topk_similarity_fwd.default
     _both_fwd = torch.ops.fastkit.topk_similarity_both_fwd.default
     _unit_rows = torch.ops.fastkit.unit_rows.default
-
-    @torch.library.register_fake("fastkit::topk_similarity_fwd")
-    def _(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: bool) -> tuple[Tensor, Tensor]:
-        _check_fake(queries, keys, key_bias)
-        return _empty(queries, queries.shape[0], k)
+    torch.library.register_fake("fastkit::topk_similarity_fwd", topk_similarity_triton.fake)
 
     @torch.library.register_fake("fastkit::topk_similarity_both_fwd")
     def _(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _check_fake(queries, keys)
-        return *_empty(queries, queries.shape[0], k), *_empty(queries, keys.shape[0], k)
+        fake = topk_similarity_triton.fake
+        return *fake(queries, keys, None, k, False), *fake(keys, queries, None, k, False)
 
     @torch.library.register_fake("fastkit::unit_rows")
     def _(x: Tensor) -> Tensor:
         return x.new_empty(x.shape, dtype=arithmetic(x))
-
-    def _check_fake(queries: Tensor, *others: Tensor | None) -> None:
-        # One argument on the meta device is enough for the dispatcher to come here.
-        for other in others:
-            if other is not None and other.device != queries.device:
-                raise RuntimeError(
-                    f"topk_similarity: tensors must be on one device, got {queries.device}, {other.device}"
-                )
-
-    def _empty(like: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor]:
-        return (
-            like.new_empty((rows, k), dtype=arithmetic(like)),
-            like.new_empty((rows, k), dtype=torch.int64),
-        )
 
 
 def unit_rows(x: Tensor, chosen: Impl) -> Tensor:  # (n, D)
@@ -198,12 +179,8 @@ class _BothNearest(Function):
                 to_keys, to_queries, _ = _gradients(
                     key_g, keys, queries, key_indices, False, (of_keys, of_queries, False), None
                 )
-                gqueries, gkeys = _sum(gqueries, to_queries), _sum(gkeys, to_keys)
+                gqueries, gkeys = added(gqueries, to_queries), added(gkeys, to_keys)
         return gqueries, gkeys, None, None
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 def _gradients(

@@ -55,7 +55,7 @@ def iir_scan_with_state(
     The state enters the first chunk whether or not history is carried from chunk to chunk. States are
     float64 for float64 ``x``, else float32.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     bank = a.dim() == 5
     a = a.to(dtype) if bank else a.to(dtype).unsqueeze(3)
     if b is not None:
@@ -96,7 +96,7 @@ def sosfilt(
 
     Coefficients are divided by a0, which scipy wants to be 1.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype).reshape(1, x.shape[:-1].numel(), x.shape[-1])
     for section in sos.to(dtype).unbind(0):
         b, a0, a = section.split([3, 1, 2])

@@ -34,7 +34,7 @@ def lora_linear(
     The low-rank part in float64 for float64 ``x``, else in float32; its sum with the frozen part is rounded
     to the dtype of ``x``.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     a = lora_a.to(dtype)
     if mask is not None:
         a = a.masked_fill(~mask, 0.0)
@@ -64,7 +64,7 @@ def column_norms(x: Tensor) -> Tensor:  # (..., D) -> (D,)
 
 
 def _square_sums(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return x.detach().reshape(-1, x.shape[-1]).to(dtype).square().sum(0)
 
 
@@ -73,7 +73,7 @@ def prune_rows_(lora_a: Tensor, input_norm: Tensor, ratio: float) -> Tensor:  # 
 
     Returns what is kept. Of equal ones the first go. A NaN is greater than any number.
     """
-    dtype = torch.float64 if lora_a.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(lora_a.dtype, torch.float32)
     score = lora_a.detach().to(dtype).abs() * input_norm.to(dtype)
     score.masked_fill_(score.isnan(), torch.nan)  # CUDA's sort looks at its bits
     pruned = score.argsort(dim=1, stable=True)[:, : math.floor(ratio * lora_a.shape[1])]

@@ -35,7 +35,7 @@ def topk_similarity(
     In float64 for float64 queries, else in float32. Each pair is summed alike, column by column in order, so
     that equal keys have equal scores, which no matrix product promises.
     """
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(queries.dtype, torch.float32)
     queries, keys = queries.to(dtype), keys.to(dtype)
     if metric == "cosine":
         queries, keys = unit_rows(queries), unit_rows(keys)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+"""The types of arguments that are tensors."""
 
 
 class Variant(NamedTuple):
@@ -22,6 +27,26 @@ class Variant(NamedTuple):
     constexprs: dict[str, Any]
     attributes: dict[tuple[int], list[list[Any]]]
     warps: int
+
+
+def variant(
+    name: str,
+    kernel: Any,
+    warps: int,
+    types: Mapping[str, str],
+    constexprs: dict[str, Any],
+    divides: Callable[[str], bool],
+) -> Variant:
+    """``types``: of all arguments but 32-bit integers; ``divides``: whether 16 divides that of a name."""
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+            continue
+        signature[argument] = types.get(argument, "i32")
+        if divides(argument):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return Variant(name, kernel, signature, constexprs, attributes, warps)
 
 
 class Resources(NamedTuple):

@@ -102,7 +102,7 @@ def _aligned(cells: list[list[str]]) -> list[str]:
 
 def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
     """Of arithmetic on tensors of a dtype, and of what goes with a half-precision x."""
-    return torch.float32 if dtype.itemsize == 2 else dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _leaves(mode: Mode, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -72,13 +72,13 @@ def _make_inputs(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    arithmetic = torch.float32 if dtype.itemsize == 2 else dtype
+    arithmetic = torch.promote_types(dtype, torch.float32)
     shape = (*rows, chunks, *([] if filters is None else [filters]))
     angle = math.pi * torch.rand(*shape, generator=generator, dtype=arithmetic)
     a = torch.stack([-2 * radius * angle.cos(), torch.full_like(angle, radius**2)], -1)
     b = torch.randn(*shape, 3, generator=generator, dtype=arithmetic)
     x, gy = torch.randn(2, *rows, time, generator=generator, dtype=arithmetic).to(dtype)
-    return x, a, b, gy
+    return x.clone(), a, b, gy.clone()  # each with memory of its own: a sanitizer sees where it ends
 
 
 # How often a term of one step of the recursion may be rounded: 5 times in order (a product and four sums),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkit.testing.aot import Variant
+from fastkit.testing.aot import Variant, variant
 from fastkit.triton import iir_scan as kernels
 
 
@@ -19,22 +19,11 @@ def _variant(
     **options: Any,
 ) -> Variant:
     """``ones`` are integers that are 1 in the call, and so constants of the kernel."""
-    signals = {"x", "y", "gx"}
-    pointers = signals | {"a", "b", "l", "maps", "states", "ga", "gb"}
+    types: dict[str, str] = dict.fromkeys(("x", "y", "gx"), f"*{signal}")
+    types |= dict.fromkeys(("a", "b", "l", "maps", "states", "ga", "gb"), f"*{arithmetic}")
     constexprs = {**dict.fromkeys(ones, 1), **options}
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-        elif argument in pointers:
-            signature[argument] = f"*{signal if argument in signals else arithmetic}"
-        else:
-            signature[argument] = "i32"
-        if argument in pointers or (argument not in constexprs and argument not in ("chunks", "segments")):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    if arithmetic == "fp64":
-        warps *= 2
-    return Variant(name, kernel, signature, constexprs, attributes, warps)
+    warps = 2 * warps if arithmetic == "fp64" else warps
+    return variant(name, kernel, warps, types, constexprs, lambda a: a not in ("chunks", "segments"))
 
 
 _TIME = {"CHANNEL_LANES": False, "LANES": 1, "BLOCK": 1024, "ones": ("x_time", "y_time", "a_tap", "b_tap")}

@@ -64,7 +64,7 @@ def expected_results(inputs: Inputs) -> dict[str, Expected]:
     """
     inputs = Inputs(*(None if t is None else t.cpu() for t in inputs))  # pyright: ignore[reportArgumentType]
     x, weight, bias, a, b, mask, lora_x, gy = inputs
-    stored, arithmetic = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
+    stored, arithmetic = x.dtype, torch.promote_types(x.dtype, torch.float32)
     u = torch.finfo(arithmetic).eps / 2
     tiny = torch.finfo(arithmetic).tiny
     base = torch.finfo(stored).eps if stored.itemsize == 2 else 0.0  # the frozen product is rounded by itself

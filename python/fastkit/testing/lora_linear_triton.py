@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from fastkit.testing.aot import Variant
+from fastkit.testing.aot import POINTERS, Variant, variant
 from fastkit.triton import lora_linear as kernels
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SIGNALS = ("x", "v", "y")
 _ADAPTERS = ("a", "b")
 _SUMS = ("h", "squares", "products", "sums", "projected", "parts", "out")
@@ -27,18 +26,13 @@ def _variant(
     flags = dict.fromkeys((flag for flag in _FLAGS if flag in kernel.arg_names), False)
     constexprs = {**flags, **dict.fromkeys(ones, 1), **options}
     types = {
-        **dict.fromkeys(_SIGNALS, f"*{_TYPES[signal]}"),
-        **dict.fromkeys(_ADAPTERS, f"*{_TYPES[adapter]}"),
+        **dict.fromkeys(_SIGNALS, POINTERS[signal]),
+        **dict.fromkeys(_ADAPTERS, POINTERS[adapter]),
         **dict.fromkeys(_SUMS, "*fp32"),
         "mask": "*i1",
         "scale": "fp32",
     }
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = "constexpr" if argument in constexprs else types.get(argument, "i32")
-        if argument not in constexprs and argument not in ("rank", "pieces", "scale"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return Variant(name, kernel, signature, constexprs, attributes, warps)
+    return variant(name, kernel, warps, types, constexprs, lambda a: a not in ("rank", "pieces", "scale"))
 
 
 def _of_tile(

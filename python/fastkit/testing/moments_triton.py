@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from fastkit.testing.aot import Variant
+from fastkit.testing.aot import POINTERS, Variant, variant
 from fastkit.triton import moments as kernels
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _FLOATS = ("means", "rest", "products", "mean", "scatter")
 
 
@@ -22,19 +21,9 @@ def _variant(
     constexprs = options | dict.fromkeys((one for one in ones if one in kernel.arg_names), 1)
     if "WEIGHTED" in kernel.arg_names:
         constexprs |= {"WEIGHTED": weights is not None, "UNIT": 4, "x_column": 1, "w_row": 1}
-    types = {
-        "x": f"*{_TYPES[x]}",
-        "weights": f"*{_TYPES[weights or x]}",
-        "counts": "*fp64",
-        "count": "*fp64",
-        **dict.fromkeys(_FLOATS, "*fp32"),
-    }
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = "constexpr" if argument in constexprs else types.get(argument, "i32")
-        if argument not in constexprs and (argument in types or argument == "length"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return Variant(name, kernel, signature, constexprs, attributes, warps)
+    types = {"x": POINTERS[x], "weights": POINTERS[weights or x], "counts": "*fp64", "count": "*fp64"}
+    types |= dict.fromkeys(_FLOATS, "*fp32")
+    return variant(name, kernel, warps, types, constexprs, lambda a: a in types or a == "length")
 
 
 def _products(x: torch.dtype, rows: int, weights: torch.dtype | None = None) -> Variant:

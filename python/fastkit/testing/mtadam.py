@@ -89,7 +89,7 @@ def make_inputs(
     ``sizes``: of the gradients of each term, in turn; ``missing``: the pairs (term, tensor) without one.
     """
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    state = torch.float64 if dtype == torch.float64 else torch.float32
+    state = torch.promote_types(dtype, torch.float32)
     params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     grads = make_grads(params, L, seed=seed + 1, sizes=sizes, missing=missing)
 
@@ -173,7 +173,7 @@ def square_sum_budget(square_sum: Tensor, numel: int, dtype: torch.dtype) -> Ten
 
     A square below the smallest normal number may be zero.
     """
-    info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    info = torch.finfo(torch.promote_types(dtype, torch.float32))
     return min(numel + 1, SUM_ROUNDINGS) * info.eps / 2 * square_sum + numel * info.tiny
 
 

@@ -129,7 +129,7 @@ def assert_lower_of_equal_keys(
 
 
 def _roundoff(x: Tensor) -> float:
-    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps / 2
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps / 2
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from fastkit.testing.aot import Variant
+from fastkit.testing.aot import POINTERS, Variant, variant
 from fastkit.triton import topk_similarity as kernels
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _FLOATS = ("addends", "bias", "norms", "bounds", "scores", "values")
+_OF_DENSE = ("columns", "length", "query_row", "key_row")
 
 
 def _variant(
@@ -19,23 +19,16 @@ def _variant(
 ) -> Variant:  # fmt: skip
     """``dense``: rows are multiples of 16 numbers. ``ones`` are integers that are 1 in the call."""
     warps = options.pop("num_warps")
-    options |= dict.fromkeys(ones, 1)
-    types = {
-        **dict.fromkeys(("queries", "keys"), f"*{_TYPES[table]}"),
+    pointers = {
+        **dict.fromkeys(("queries", "keys"), POINTERS[table]),
         **dict.fromkeys(_FLOATS, "*fp32"),
-        "indices": "*i32",
-        "rough": "*i32",
+        **dict.fromkeys(("indices", "rough"), "*i32"),
         "chosen": "*i64",
-        "conversion": "fp32",
     }
-    multiples = ("columns", "length", "query_row", "key_row", "kept_of_all") if dense else ("kept_of_all",)
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = "constexpr" if argument in options else types.get(argument, "i32")
-        pointer = signature[argument].startswith("*")
-        if pointer or (argument in multiples and argument not in options):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return Variant(name, kernel, signature, options, attributes, warps)
+    multiples = {*pointers, "kept_of_all", *(_OF_DENSE if dense else ())}
+    types = pointers | {"conversion": "fp32"}
+    constexprs = options | dict.fromkeys(ones, 1)
+    return variant(name, kernel, warps, types, constexprs, multiples.__contains__)
 
 
 def _search(table: torch.dtype, n: int, k: int, *, adds: bool = False) -> Variant:
