@@ -47,8 +47,8 @@ struct Adapter {
 
   Adapter(const Tensor& x, const Tensor& a, const std::optional<Tensor>& mask, const Tensor& b)
       : a(dense("lora_a", a, x)), b(dense("lora_b", b, x)) {
-    FASTKIT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) && a.size(0) >= 1,
-                  "lora_linear: lora_a must have shape (R, D) and lora_b (O, R) with R >= 1");
+    FASTKIT_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) && a.size(0) >= 1 && a.size(1) >= 1,
+                  "lora_linear: lora_a must have shape (R, D) and lora_b (O, R) with R >= 1 and D >= 1");
     if (!mask) return;
     FASTKIT_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
                       mask->size(0) == a.size(0) && mask->size(1) == a.size(1),

@@ -4,11 +4,25 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#define FASTKIT_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+// The words alone: STD_TORCH_CHECK has the function, the file and the line before them.
+#define FASTKIT_CHECK(condition, ...)                                                       \
+  do {                                                                                      \
+    if (!(condition)) [[unlikely]] throw std::runtime_error(::fastkit::message(__VA_ARGS__)); \
+  } while (false)
 
 namespace fastkit {
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
 
 // Neither sparse nor of another library. Tensor::layout() is not in the headers of torch 2.10.
 inline bool is_strided(const torch::stable::Tensor& t) {

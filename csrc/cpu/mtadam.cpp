@@ -149,7 +149,7 @@ struct Plain {
         if (takes[l]) h = fma<T>(factors[l], get(grads[l] + k + i * kLanes<E>), h);
         total[i] += h;
         v[l][i] = fma<T>(c.new2 * h, h, c.kept2 * v[l][i]);
-        most[i] = v[l][i] > most[i] ? v[l][i] : most[i];  // where v is NaN, m is as well
+        most[i] = larger<E>(most[i], v[l][i]);
       }
     }
 #pragma GCC unroll 4

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastkit._autograd import transforms
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float64, *HALF)
+MOST = sys.float_info.max  # an int may be larger, which no float64 is
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
@@ -33,7 +35,7 @@ def shape(tensor: Tensor) -> str:
 def check_tensors(op: str, **tensors: Tensor | None) -> None:
     """That they are dense tensors; a name with a trailing underscore may also be None."""
     for name, tensor in tensors.items():
-        if type(tensor) is Tensor and tensor.layout is torch.strided:
+        if type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested:
             continue
         if tensor is None and name.endswith("_"):
             continue
@@ -42,6 +44,8 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{op}: {name} is a DTensor; pass {name}.to_local() or {name}.full_tensor()")
+        if tensor.is_nested:
+            raise TypeError(f"{op}: {name} must be dense, got a nested tensor; pass its tensors one by one")
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
 

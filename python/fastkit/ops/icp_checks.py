@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastkit._autograd import transforms
 from fastkit.ops._checks import (
     HALF,
+    MOST,
     check_device,
     check_int,
     check_like,
@@ -75,13 +74,15 @@ def check_options(
         raise TypeError(f"{op}: mutual_only must be a bool, got {type(mutual_only).__name__}")
     if batch_size < 1:
         raise ValueError(f"{op}: batch_size must be at least 1, got {batch_size}")
+    if batch_size >= 2**63:
+        raise ValueError(f"{op}: batch_size must be below 2^63, got {batch_size}; pass the rows of a table")
     if batch_size > min(rows) and not mutual_only:
         raise ValueError(
             f"{op}: batch_size must be at most the rows of the smaller table, {min(rows)}, got {batch_size};"
             " pass min(batch_size, len(source), len(target))"
         )
     check_number(op, "lr", lr)
-    if not 0 < lr < math.inf:
+    if not 0 < lr <= MOST:
         raise ValueError(f"{op}: lr must be finite and greater than 0, got {lr}")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{op}: betas must be two numbers, those of Adam's moments, got {betas!r}")
@@ -90,12 +91,12 @@ def check_options(
         if not 0 <= beta < 1:
             raise ValueError(f"{op}: betas[{i}] must be in [0, 1), got {beta}")
     check_number(op, "eps", eps)
-    if not 0 < eps < math.inf:
+    if not 0 < eps <= MOST:
         raise ValueError(
             f"{op}: eps must be finite and greater than 0, got {eps}; without it a gradient of 0 gives 0 / 0"
         )
     check_number(op, "cycle_weight", cycle_weight)
-    if not 0 <= cycle_weight < math.inf:
+    if not 0 <= cycle_weight <= MOST:
         raise ValueError(f"{op}: cycle_weight must be finite and not negative, got {cycle_weight}")
 
 

@@ -104,7 +104,7 @@ def iir_scan(
     op = "iir_scan"
     check_tensors(op, x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
     a, b = _widened(x, a, b)
-    check_scan(op, x, a, b, None, chunk, carry, cu_seqlens)
+    check_scan(op, x, a, b, None, chunk, carry, cu_seqlens, check_stable)
     if check_stable:
         refuse_unstable(op, a)
     chosen = choose(op, impl, x, KERNELS)
@@ -157,7 +157,7 @@ def iir_scan_with_state(
     op = "iir_scan_with_state"
     check_tensors(op, x=x, a=a, b_=b, cu_seqlens_=cu_seqlens)
     a, b, state = *_widened(x, a, b), _widened_state(op, x, state)
-    check_scan(op, x, a, b, state, chunk, carry, cu_seqlens)
+    check_scan(op, x, a, b, state, chunk, carry, cu_seqlens, check_stable)
     if check_stable:
         refuse_unstable(op, a)
     chosen = choose(op, impl, x, KERNELS)

@@ -20,6 +20,7 @@ def check_scan(
     chunk: int | None,
     carry: bool,
     cu_seqlens: Tensor | None,
+    check_stable: bool,
 ) -> None:
     _check_signal(op, x)
     if x.dim() != 3:
@@ -28,8 +29,9 @@ def check_scan(
         raise TypeError(f"{op}: chunk must be an int or None, got {chunk!r}")
     if chunk is not None and not 1 <= chunk < 2**31:
         raise ValueError(f"{op}: chunk must be in [1, 2**31), got {chunk}; None is one filter for all T")
-    if not isinstance(carry, bool):
-        raise TypeError(f"{op}: carry must be True or False, got {carry!r}")
+    for name, value in (("carry", carry), ("check_stable", check_stable)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
     if x.shape[-1] == 0 and op == "iir_scan":
         raise ValueError(
             f"{op}: x must have T >= 1, got {shape(x)}; skip the call for T = 0, or take iir_scan_with_state"
@@ -80,6 +82,8 @@ def check_sosfilt(op: str, x: Tensor, sos: Tensor) -> None:
 
 
 def refuse_unstable(op: str, a: Tensor) -> None:
+    if a.device.type == "meta":
+        raise RuntimeError(f"{op}: check_stable=True reads values, got a on the meta device")
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"{op}: check_stable=True reads values and cannot be compiled; check before, or leave it False"
@@ -155,6 +159,8 @@ def _check_cu_seqlens(op: str, cu_seqlens: Tensor, x: Tensor) -> None:
             " it holds where each begins, and the total"
         )
     check_device(op, "cu_seqlens", cu_seqlens, x)
+    if cu_seqlens.device.type == "meta":
+        raise RuntimeError(f"{op}: cu_seqlens must have values, got a tensor on the meta device")
     if x.shape[0] != 1:
         raise ValueError(
             f"{op}: with cu_seqlens x must have shape (1, C, total), got {shape(x)};"

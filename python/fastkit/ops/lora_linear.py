@@ -189,7 +189,7 @@ def _of_reference(
 ) -> LinearWithStats:  # fmt: skip
     with without_autocast(x):
         return reference.lora_linear_with_stats(
-            x, weight, bias, lora_a, lora_b, scale, mask=mask, lora_x=lora_x
+            x, weight, bias, lora_a, lora_b, float(scale), mask=mask, lora_x=lora_x
         )
 
 

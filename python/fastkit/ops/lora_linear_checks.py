@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkit._autograd import transforms
 from fastkit.ops._checks import (
     FLOATING,
+    MOST,
     check_device,
     check_floating,
     check_like,
@@ -46,6 +47,10 @@ def check_linear(
     """``weight`` is None where the low-rank part is alone."""
     check_rows(op, x)
     check_number(op, "scale", scale)
+    if isinstance(scale, int) and abs(scale) > MOST:
+        raise ValueError(
+            f"{op}: scale must be a number that float64 has, got one of {scale.bit_length()} bits"
+        )
     columns = x.shape[-1]
     if weight is not None:
         check_like(op, "weight", weight, x, cure=_CURE)

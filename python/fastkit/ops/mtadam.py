@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkit import _native, reference
 from fastkit._dispatch import Impl, Kernels, choose
 from fastkit.ops._checks import FLOATING
-from fastkit.ops.mtadam_checks import check_gradients, check_numbers, check_options, check_state
+from fastkit.ops.mtadam_checks import check_gradients, check_lists, check_numbers, check_options, check_state
 
 KERNELS: Kernels = {"cpu": FLOATING, "cuda": FLOATING}
 NonFinite = Literal["skip", "skip_term", "propagate"]
@@ -80,6 +80,7 @@ def mtadam_square_sums(
         tensor([[25.,  0.]], dtype=torch.float64)
     """
     op = "mtadam_square_sums"
+    check_lists(op, grads=grads)
     grads = list(grads)
     like = check_gradients(op, grads, n)
     if choose(op, impl, like, KERNELS) == "reference":
@@ -191,14 +192,18 @@ def mtadam_update_(
         tensor([ 0.2500, -1.7500])
     """
     op = "mtadam_update_"
-    lists = [list(params), list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs or ())]
-    params, exp_avgs, exp_avg_sqs, maxima = lists
+    maxima = () if max_exp_avg_sqs is None else max_exp_avg_sqs
+    lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": maxima}
+    check_lists(op, **lists, grads=grads)
+    params, exp_avgs, exp_avg_sqs, maxima = map(list, lists.values())
     grads = list(grads)
     if not params:
         return
     check_state(op, params, grads, exp_avgs, exp_avg_sqs, maxima, grad_norms, steps)
     terms = grad_norms.shape[1]
-    check_options(op, lr, betas, eps, weight_decay, ranks, terms, anchor, alive_eps, max_scale, nonfinite)
+    check_options(
+        op, lr, betas, eps, weight_decay, decoupled, ranks, terms, anchor, alive_eps, max_scale, nonfinite
+    )
     n = len(params)
     check_numbers(op, params[0], square_sums, (n, terms), grad_scales, found_inf)
     update_(
@@ -284,6 +289,8 @@ def update_(
             applies=applies,
         )
         return
+    if not torch.compiler.is_compiling() and any(g is not None and g.is_neg() for g in grads):
+        grads = [None if g is None else g.resolve_neg() for g in grads]  # as PyTorch does in other lists
     lr_tensor = None
     if isinstance(lr, Tensor):
         on_device = lr.device == params[0].device

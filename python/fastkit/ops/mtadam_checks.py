@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkit.ops._checks import FLOATING, arithmetic, check_not_expanded, check_tensors, shape
+from fastkit.ops._checks import FLOATING, MOST, arithmetic, check_not_expanded, check_tensors, shape
 
 MOST_TERMS = 1024  # whose pointers fit the parameters of a CUDA kernel
 
 
+def check_lists(op: str, **lists: object) -> None:
+    for name, value in lists.items():
+        if isinstance(value, Tensor) or not isinstance(value, Iterable):
+            raise TypeError(f"{op}: {name} must be a list of tensors, got {type(value).__name__}")
+
+
 def check_gradients(op: str, grads: list[Tensor | None], n: int) -> Tensor:
     """Returns the first that is there."""
-    if not isinstance(n, int) or n < 1 or not grads or len(grads) % n:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1 or not grads or len(grads) % n:
         raise ValueError(f"{op}: grads must be n for each term, n >= 1, got {len(grads)} of n = {n!r}")
     _check_terms(op, len(grads) // n)
     like: Tensor | None = None
@@ -59,6 +64,8 @@ def check_state(
     check_tensors(op, **{"params[0]": params[0]}, grad_norms=grad_norms, steps=steps)
     like = params[0]
     check_dtype(op, "params[0]", like)
+    if like.device.type == "meta":
+        raise RuntimeError(f"{op}: params must have values, got tensors on the meta device")
     state = arithmetic(like)
     if grad_norms.dim() != 2 or grad_norms.shape[0] != n or not grad_norms.is_contiguous():
         raise ValueError(
@@ -123,6 +130,7 @@ def _fit(
             isinstance(tensor, Tensor)
             and type(tensor) in (Tensor, torch.nn.Parameter)
             and tensor.layout is torch.strided
+            and not tensor.is_nested
             and tensor.dtype is dtype
             and tensor.shape == param.shape
             and tensor.device == like.device
@@ -151,6 +159,7 @@ def check_options(
     betas: object,
     eps: object,
     weight_decay: object,
+    decoupled: object,
     ranks: object,
     terms: int,
     anchor: object,
@@ -159,6 +168,9 @@ def check_options(
     nonfinite: object,
 ) -> None:
     if isinstance(lr, Tensor):
+        check_tensors(op, lr=lr)
+        if lr.device.type == "meta":
+            raise RuntimeError(f"{op}: lr must have a value, got a tensor on the meta device")
         if lr.numel() != 1:
             raise ValueError(f"{op}: lr must be a number or a tensor of one, got shape {shape(lr)}")
         if not lr.is_floating_point():
@@ -168,9 +180,11 @@ def check_options(
     check_betas(op, betas)
     for name, value in (("eps", eps), ("weight_decay", weight_decay), ("alive_eps", alive_eps)):
         check_number(op, name, value)
+    if not isinstance(decoupled, bool):
+        raise TypeError(f"{op}: decoupled must be True or False, got {decoupled!r}")
     if ranks is not None:
         check_ranks(op, ranks, terms)
-    if not isinstance(anchor, int) or not 0 <= anchor < terms:
+    if isinstance(anchor, bool) or not isinstance(anchor, int) or not 0 <= anchor < terms:
         raise ValueError(f"{op}: anchor must be the index of one of the {terms} terms, got {anchor!r}")
     check_max_scale(op, max_scale)
     if nonfinite not in ("skip", "skip_term", "propagate"):
@@ -203,7 +217,7 @@ def check_number(op: str, name: str, value: object) -> None:
     """Finite and not negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= MOST:
         raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")
 
 

@@ -14,7 +14,7 @@ from fastkit.ops._checks import FLOATING, arithmetic, check_tensors, widened
 from fastkit.ops.procrustes_autograd import polar_factor, refuse_singular
 from fastkit.ops.procrustes_checks import check_finite, check_polar, check_procrustes
 from fastkit.ops.procrustes_iterations import scaled, warn_of_singular
-from fastkit.reference.procrustes import is_singular
+from fastkit.reference.procrustes import is_singular, power_of_two
 from fastkit.reference.procrustes import polar as reference_polar
 from fastkit.reference.procrustes import procrustes as reference_procrustes
 
@@ -164,7 +164,7 @@ def _guarded(op: str, m: Tensor, factor: Callable[[], Tensor], dtype: torch.dtyp
         return factor()
     m = m.detach().double().reshape(-1, *m.shape[-2:])
     check_finite(op, m, len(m))
-    singular = is_singular(torch.linalg.svdvals(m), m.shape, dtype)
+    singular = is_singular(torch.linalg.svdvals(m / power_of_two(m)), m.shape, dtype)
     warn_of_singular(op, singular)
     w = factor()
     return _Refused.apply(w, singular, op) if w.requires_grad and bool(singular.any()) else w

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit.ops._define import define
 from fastkit.ops.procrustes_iterations import factor, ieee_products
+from fastkit.reference.procrustes import power_of_two
 
 
 def polar_factor(m: Tensor, op: str) -> Tensor:  # (B, P, Q), P >= Q
@@ -30,6 +31,8 @@ def _tangent_of(
     with without_autocast(g), ieee_products(g):
         if bool(singular.any()):
             refuse_singular(op, singular & (g != 0).flatten(1).any(1))
+        size = power_of_two(m)  # of m of any scale nothing overflows
+        m = m / size
         h = w.mT @ m
         values, vectors = torch.linalg.eigh((h + h.mT) / 2)
         # The least singular value is larger than what is_singular calls singular, and that is known better.
@@ -41,7 +44,7 @@ def _tangent_of(
         result = wv @ ((r - r.mT) / (values.unsqueeze(-1) + values.unsqueeze(-2)))
         if m.shape[-2] != m.shape[-1]:
             result = result + (gv - wv @ r) / values.unsqueeze(-2)
-        return result @ vectors.mT
+        return (result @ vectors.mT) / size
 
 
 def refuse_singular(op: str, singular: Tensor) -> None:

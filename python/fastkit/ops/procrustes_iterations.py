@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkit.ops.procrustes_checks import check_finite
-from fastkit.reference.procrustes import is_singular
+from fastkit.reference.procrustes import is_singular, power_of_two
 
 
 class Rational(NamedTuple):
@@ -82,7 +82,7 @@ def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, 
     rest = (~orthogonal).nonzero().squeeze(1)
     ms = m[rest].double()
     check_finite(op, ms, len(m))
-    u, s, vh = torch.linalg.svd(ms, full_matrices=False)
+    u, s, vh = torch.linalg.svd(ms / power_of_two(ms), full_matrices=False)
     found = u @ vh
     if m.is_cuda:  # by Jacobi's method, which leaves it less orthogonal than rounding would
         gram = found.mT @ found

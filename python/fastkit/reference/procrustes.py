@@ -29,6 +29,7 @@ def procrustes(source: Tensor, target: Tensor) -> Tensor:  # (N, D), (N, E) -> (
 def is_singular(s: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:  # (..., Q) -> (...)
     """Whether a matrix with these singular values may be singular but for the rounding of its entries.
 
+    They are those of a matrix divided by its ``power_of_two``.
     ``shape`` and ``dtype`` are those of the matrix. Entries err by up to eps/2 of themselves, and so they
     together by that part of their norm; eps is that of the arithmetic, for half precision float32's.
     """
@@ -38,6 +39,17 @@ def is_singular(s: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:  # 
     return s[..., -1] <= eps * s.square().sum(-1).sqrt()
 
 
+def power_of_two(m: Tensor) -> Tensor:  # (..., P, Q) -> (..., 1, 1)
+    """Next to the largest entry of each matrix, or 1 where all are 0.
+
+    What is divided by it has the same factor, and singular values whose squares neither overflow nor vanish.
+    """
+    if 0 in m.shape:
+        return m.new_ones(*m.shape[:-2], 1, 1)
+    largest = m.detach().abs().amax((-2, -1), keepdim=True)
+    return largest.masked_fill(largest == 0, 1.0).log2().floor().exp2()
+
+
 def _factor(m: Tensor, dtype: torch.dtype) -> Tensor:  # (..., P, Q), P >= Q, whose entries are of a dtype
     """``U V^T``, differentiable also where singular values are equal, which U and V are not.
 
@@ -45,6 +57,7 @@ def _factor(m: Tensor, dtype: torch.dtype) -> Tensor:  # (..., P, Q), P >= Q, wh
     is ``1 / S``, and each step below has one more order of its derivatives right: E in y + E solves, to first
     order, E S + S E = 1 - y b y.
     """
+    m = m / power_of_two(m)
     u, s, vh = torch.linalg.svd(m.detach(), full_matrices=False)
     singular = is_singular(s, m.shape, dtype).unsqueeze(-1)
     mv = m @ vh.mT
