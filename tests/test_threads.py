@@ -185,6 +185,7 @@ FORKED = """if True:
     import torch
     from threaded_calls import CALLS, assert_same, ended, forked
 
+    torch.set_num_threads(1)  # inputs are made by PyTorch's operations, which have threads too
     given = {name: call.make(0) for name, call in CALLS.items()}
 
     def run(count):
