@@ -124,6 +124,9 @@ def test_generated_calls():
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a step of 17 dimensions is 1.1 times its budget away"
+)
 def test_many_generated_calls():
     check_generated(epoch_call, judge, 10_000)
 

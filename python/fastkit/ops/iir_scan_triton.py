@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,12 +30,12 @@ def _fake_backward(
     )
 
 
-forward = define_triton(
+forward: Callable[..., Any] = define_triton(
     "iir_scan_fwd(Tensor x, Tensor a, Tensor? b, int chunk, bool carry) -> Tensor",
     "iir_scan.forward",
     _fake_forward,
 )
-backward = define_triton(
+backward: Callable[..., Any] = define_triton(
     "iir_scan_bwd(Tensor gy, Tensor x, Tensor y, Tensor a, Tensor? b, int chunk, bool carry, bool needs_x,"
     " bool needs_coefficients) -> (Tensor, Tensor, Tensor)",
     "iir_scan.backward",

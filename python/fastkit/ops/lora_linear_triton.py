@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,18 +37,18 @@ def fake_column_square_sums(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-forward_ = define_triton(
+forward_: Callable[..., Any] = define_triton(
     "lora_linear_fwd_(Tensor(a!) y, Tensor x, Tensor? lora_x, Tensor a, Tensor? mask, Tensor b, float scale,"
     " bool needs_square_sum) -> (Tensor, Tensor)",
     "lora_linear.forward_",
     fake_forward_,
 )
-backward_ = define_triton(
+backward_: Callable[..., Any] = define_triton(
     "lora_linear_bwd_(Tensor(a!)? gx, Tensor gy, Tensor x, Tensor h, Tensor a, Tensor? mask, Tensor b,"
     " float scale, bool adds, bool needs_adapter, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     "lora_linear.backward_",
     fake_backward_,
 )
-column_square_sums = define_triton(
+column_square_sums: Callable[..., Any] = define_triton(
     "column_square_sums(Tensor x) -> Tensor", "lora_linear.column_square_sums", fake_column_square_sums
 )

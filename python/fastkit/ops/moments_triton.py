@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,6 @@ def fake(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return count, x.new_empty(columns, dtype=dtype), x.new_empty((columns, columns), dtype=dtype)
 
 
-forward = define_triton(
+forward: Callable[..., Any] = define_triton(
     "moments_fwd(Tensor x, Tensor? weights) -> (Tensor, Tensor, Tensor)", "moments.forward", fake
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ def fake(queries: Tensor, keys: Tensor, key_bias: Tensor | None, k: int, l2: boo
     return queries.new_empty(shape, dtype=arithmetic(queries)), queries.new_empty(shape, dtype=torch.int64)
 
 
-forward = define_triton(
+forward: Callable[..., Any] = define_triton(
     "topk_similarity_fwd(Tensor queries, Tensor keys, Tensor? key_bias, int k, bool l2) -> (Tensor, Tensor)",
     "topk_similarity.forward",
     fake,
