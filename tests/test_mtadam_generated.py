@@ -141,7 +141,7 @@ def check_update(call, found, plain):
         return
     results = {place: t for place, t in found_in(found.arguments, torch.Tensor) if place.startswith(WRITTEN)}
     others = {place: t for place, t in found_in(plain.arguments, torch.Tensor) if place.startswith(WRITTEN)}
-    assert torch.equal(results["steps"], others["steps"])
+    torch.testing.assert_close(results["steps"], others["steps"], rtol=0, atol=0, equal_nan=True)
     tame = kinds <= set(TAME)
     before = plain_values(mapped(Made.tensor, call), None)
     if any((v < 0).any() for v in (*before["exp_avg_sqs"], *before.get("max_exp_avg_sqs", ()))):
@@ -156,6 +156,7 @@ def check_update(call, found, plain):
         return
     options = {name: before.pop(name) for name in list(before) if name not in Inputs._fields}
     options = {"betas": (0.9, 0.999, 0.9)} | options
+    before["max_exp_avg_sqs"] = before.get("max_exp_avg_sqs") or None
     options.pop("impl", None)
     options["lr"] = float(options["lr"]) if isinstance(options["lr"], int) else options["lr"]
     inputs = Inputs(**before)
@@ -180,9 +181,6 @@ def test_generated_calls():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the budget of a step is negative for some options"
-)
 def test_many_generated_calls():
     check_generated(any_call, judge, 10_000)
 
@@ -242,6 +240,15 @@ def test_a_gradient_whose_sign_is_yet_to_be_turned():
         moments = {"exp_avgs": [torch.zeros(3)], "exp_avg_sqs": [torch.zeros(3)]}
         step(params=[params[-1]], grads=[grad], **moments)
     assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("last", [torch.ones(2), None])
+def test_a_negated_view_of_state(last):
+    """PyTorch turns its sign, before and after, but not where a list has None."""
+    steps = torch.complex(torch.zeros(1), torch.tensor([-3.0])).conj().imag
+    grads, norms, moments = [torch.ones(2), last], torch.zeros(1, 2), [torch.zeros(2), torch.zeros(2)]
+    step(steps=steps, grads=grads, grad_norms=norms, exp_avg_sqs=moments)
+    assert steps == 4
 
 
 @pytest.mark.parametrize("terms", [1, 2])

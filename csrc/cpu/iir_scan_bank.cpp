@@ -15,8 +15,8 @@
 //            gx[t-i] += bi l[t]: a sample uses its own chunk's coefficients alone.
 #include <new>
 
+#include "cpu/iir_scan_block.h"
 #include "cpu/iir_scan_kernels.h"
-#include "cpu/simd.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
@@ -29,8 +29,6 @@ constexpr int kBlock = 256 / sizeof(T);           // channels of a unit, at most
 
 template <class T>
 using Row = T[kBlock<T>];
-
-enum Tap { kA1, kA2, kB0, kB1, kB2, kTaps };
 
 template <class T>
 struct Filter {
@@ -60,26 +58,13 @@ int64_t block_of(const IirScan<E>& p) {
 
 // What both directions share: where a unit lies, and its coefficients and states.
 template <class E>
-struct Unit {
+struct Unit : Block<E> {
   using T = Arithmetic<E>;
-  const IirScan<E>& p;
+  using Block<E>::p, Block<E>::batch, Block<E>::channel, Block<E>::count, Block<E>::span;
   Filter<T>* const filters;
-  int64_t batch, channel;
-  int count;  // channels
-  Span span;
 
-  Unit(const IirScan<E>& p, int64_t unit, Filter<T>* filters) : p(p), filters(filters) {
-    const int64_t block = block_of(p), blocks = (p.channels + block - 1) / block;
-    batch = unit / blocks;
-    channel = unit % blocks * block;
-    count = static_cast<int>(p.channels - channel < block ? p.channels - channel : block);
-    span = p.span(batch);
-  }
+  Unit(const IirScan<E>& p, int64_t unit, Filter<T>* filters) : Block<E>(p, unit, block_of(p)), filters(filters) {}
 
-  template <class U>
-  U* first(const Signal<U>& signal) const {
-    return signal.data == nullptr ? nullptr : signal.at(batch, channel) + span.begin * signal.time;
-  }
   int64_t end_of(int64_t k) const { return (k + 1) * p.chunk < span.time ? (k + 1) * p.chunk : span.time; }
 
   void load_taps(int64_t k) const {
@@ -118,10 +103,6 @@ struct Unit {
     const int64_t at = p.border_batch(batch) * p.borders() + p.border(span.begin + t, span.first_chunk + k);
     return (at * p.filters + f) * 2 * p.channels + channel;
   }
-
-  bool streams(const Signal<E>& out) const {
-    return p.stream && on_line(first(out)) && out.time % kLine<E> == 0;
-  }
 };
 
 template <class T>
@@ -129,37 +110,6 @@ void clear(Row<T>* rows) {
   for (int i = 0; i < 2; ++i) {
     for (T& value : rows[i]) value = 0;
   }
-}
-
-// Reads and writes of a vector of channels: whole, or the block's last few.
-template <class E, bool kWhole>
-struct Access {
-  int count;
-  bool streams;
-
-  Vec<E> get(const E* p) const {
-    if constexpr (kWhole) {
-      return load(p);
-    } else {
-      return load(p, count);
-    }
-  }
-  void put(E* p, Vec<E> v) const {
-    if constexpr (!kWhole) {
-      store(p, v, count);
-    } else if (streams) {
-      stream(p, v);
-    } else {
-      store(p, v);
-    }
-  }
-};
-
-template <class E, class Body>
-FASTKIT_INLINE void each_vector(int count, bool streams, Body&& body) {
-  int c = 0;
-  for (; c + kLanes<E> <= count; c += kLanes<E>) body(c, Access<E, true>{kLanes<E>, streams});
-  if (c < count) body(c, Access<E, false>{count - c, false});
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------
@@ -226,7 +176,7 @@ class Forward {
     const int64_t dx = p_.x.time, dy = p_.y.time;
     const E* const x0 = x_ + t * dx;
     E* const y0 = y_ + t * dy;
-    each_vector<E>(unit_.count, streams_, [&](int c, auto access) __attribute__((always_inline)) {
+    each_vector(unit_, streams_, [&](int c, auto access) __attribute__((always_inline)) {
       Vec<T> x[kN + 2], y[kN];
       x[0] = load(before_[1] + c), x[1] = load(before_[0] + c);
 #pragma GCC unroll 4
@@ -313,7 +263,7 @@ class Backward {
       first = 0;
     }
     const E* const x = unit_.first(p_.x) + t * p_.x.time;
-    each_vector<E>(unit_.count, false, [&](int c, auto access) __attribute__((always_inline)) {
+    each_vector(unit_, false, [&](int c, auto access) __attribute__((always_inline)) {
       for (int s = first; s < n; ++s) store(x_[s + 2] + c, access.get(x + s * p_.x.time + c));
     });
   }
@@ -352,7 +302,7 @@ class Backward {
     const int64_t dg = p_.gy.time, dgx = p_.gx.time;
     const E* const gy0 = gy_ + (t + s) * dg;
     E* const gx0 = gx_ == nullptr ? nullptr : gx_ + (t + s) * dgx;
-    each_vector<E>(unit_.count, streams_, [&](int c, auto access) __attribute__((always_inline)) {
+    each_vector(unit_, streams_, [&](int c, auto access) __attribute__((always_inline)) {
       Vec<T> gy[kN], g[kN + 2], x[kN + 2];  // g[i] goes to gx[s - 2 + i]
 #pragma GCC unroll 4
       for (int i = 0; i < kN; ++i) {
@@ -451,8 +401,7 @@ class Backward {
 
 template <class E>
 int64_t units(const IirScan<E>& p) {
-  const int64_t block = block_of(p);
-  return p.batch * ((p.channels + block - 1) / block);
+  return Block<E>::units(p, block_of(p));
 }
 
 template <class E>

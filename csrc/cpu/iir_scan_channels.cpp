@@ -12,8 +12,8 @@
 // Backward   transposed form, from the end: l = gy + s1, s1 = s2 - a1 l, s2 = -a2 l, and likewise
 //            gx = b0 l + r1, r1 = r2 + b1 l, r2 = b2 l: a sample uses its own chunk's coefficients alone. The
 //            registers start as the gradient of the final state and end as that of the initial one.
+#include "cpu/iir_scan_block.h"
 #include "cpu/iir_scan_kernels.h"
-#include "cpu/simd.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
@@ -21,27 +21,6 @@ namespace {
 constexpr int kSteps = 4;      // samples a vector of channels takes at a time
 constexpr int kAhead = 16;     // samples between a read and its prefetch (into L2: L1 is full of state)
 constexpr int kSegment = 128;  // samples summed in the precision of arithmetic
-
-template <class E>
-struct Unit {  // where a unit lies
-  int64_t batch, channel;
-  int count;  // channels
-  Span span;
-
-  Unit(const IirScan<E>& p, int64_t unit) {
-    const int64_t blocks = (p.channels + p.block - 1) / p.block;
-    batch = unit / blocks;
-    channel = unit % blocks * p.block;
-    count = static_cast<int>(p.channels - channel < p.block ? p.channels - channel : p.block);
-    span = p.span(batch);
-  }
-
-  // The first sample of the first channel; an empty signal may have no memory.
-  template <class U>
-  U* first(const Signal<U>& signal) const {
-    return signal.data == nullptr ? nullptr : signal.at(batch, channel) + span.begin * signal.time;
-  }
-};
 
 // One value a channel and quantity, a vector of channels at a time.
 template <class T, int kQuantities>
@@ -57,12 +36,11 @@ struct Rows {
   }
 };
 
-enum Tap { kA1, kA2, kB0, kB1, kB2, kTaps };
-
 // Of chunk k of the unit.
 template <class E>
-void load_taps(Rows<Arithmetic<E>, kTaps>& taps, const IirScan<E>& p, const Unit<E>& unit, int64_t k) {
+void load_taps(Rows<Arithmetic<E>, kTaps>& taps, const Block<E>& unit, int64_t k) {
   using T = Arithmetic<E>;
+  const IirScan<E>& p = unit.p;
   const int64_t chunk = unit.span.first_chunk + k;
   const T* a = p.a.at(unit.batch, unit.channel) + chunk * p.a.chunk;
   for (int c = 0; c < unit.count; ++c, a += p.a.channel) {
@@ -77,10 +55,10 @@ void load_taps(Rows<Arithmetic<E>, kTaps>& taps, const IirScan<E>& p, const Unit
 
 // From dense (batch, C, 2) states into quantities `newest` and the one after it; left as they are without states.
 template <class E, int kQuantities>
-void load_states(Rows<Arithmetic<E>, kQuantities>& rows, int newest, const IirScan<E>& p, const Unit<E>& unit,
+void load_states(Rows<Arithmetic<E>, kQuantities>& rows, int newest, const Block<E>& unit,
                  const Arithmetic<E>* states) {
   if (states == nullptr) return;
-  states += 2 * (unit.batch * p.channels + unit.channel);
+  states += 2 * (unit.batch * unit.p.channels + unit.channel);
   for (int c = 0; c < unit.count; ++c) {
     rows.data[newest][c] = states[2 * c], rows.data[newest + 1][c] = states[2 * c + 1];
   }
@@ -88,63 +66,27 @@ void load_states(Rows<Arithmetic<E>, kQuantities>& rows, int newest, const IirSc
 
 // And back; nothing where they are not wanted.
 template <class E, int kQuantities>
-void store_states(const Rows<Arithmetic<E>, kQuantities>& rows, int newest, const IirScan<E>& p, const Unit<E>& unit,
+void store_states(const Rows<Arithmetic<E>, kQuantities>& rows, int newest, const Block<E>& unit,
                   Arithmetic<E>* states) {
   if (states == nullptr) return;
-  states += 2 * (unit.batch * p.channels + unit.channel);
+  states += 2 * (unit.batch * unit.p.channels + unit.channel);
   for (int c = 0; c < unit.count; ++c) {
     states[2 * c] = rows.data[newest][c], states[2 * c + 1] = rows.data[newest + 1][c];
   }
-}
-
-// Reads and writes of the vector of channels at c: whole, or the block's last few channels.
-template <class E, bool kWhole>
-struct Access {
-  int64_t count;
-  bool streams;
-
-  Vec<E> get(const E* p) const {
-    if constexpr (kWhole) {
-      return load(p);
-    } else {
-      return load(p, count);
-    }
-  }
-  void put(E* p, Vec<E> v) const {
-    if constexpr (!kWhole) {
-      store(p, v, count);
-    } else if (streams) {
-      stream(p, v);
-    } else {
-      store(p, v);
-    }
-  }
-};
-
-template <class E>
-bool streamable(const IirScan<E>& p, const Signal<E>& out, const Unit<E>& unit) {
-  return p.stream && on_line(unit.first(out)) && out.time % kLine<E> == 0;
-}
-
-template <class E, class F>
-FASTKIT_INLINE void each_vector(const Unit<E>& unit, bool streams, F&& body) {
-  int c = 0;
-  for (; c + kLanes<E> <= unit.count; c += kLanes<E>) body(c, Access<E, true>{kLanes<E>, streams});
-  if (c < unit.count) body(c, Access<E, false>{unit.count - c, false});
 }
 
 enum State { kX1, kX2, kY1, kY2, kStates };
 
 // Samples [t, t + n). kWhole: there are kSteps of them. Not inlined: its loops need all the registers.
 template <class E, bool kNumerator, bool kWhole>
-__attribute__((noinline)) void forward_steps(const IirScanForward<E>& p, const Unit<E>& unit,
+__attribute__((noinline)) void forward_steps(const IirScanForward<E>& p, const Block<E>& unit,
                                              const Rows<Arithmetic<E>, kTaps>& taps,
                                              Rows<Arithmetic<E>, kStates>& state, int64_t t, int n) {
   using T = Arithmetic<E>;
   const int64_t dx = p.x.time, dy = p.y.time;
   const E* const x = unit.first(p.x) + t * dx;
   E* const y = unit.first(p.y) + t * dy;
-  each_vector(unit, streamable(p, p.y, unit), [&](int c, auto access) __attribute__((always_inline)) {
+  each_vector(unit, unit.streams(p.y), [&](int c, auto access) __attribute__((always_inline)) {
     const Vec<T> a1 = taps.get(kA1, c), a2 = taps.get(kA2, c);
     const Vec<T> b0 = taps.get(kB0, c), b1 = taps.get(kB1, c), b2 = taps.get(kB2, c);
     Vec<T> x1 = state.get(kX1, c), x2 = state.get(kX2, c), y1 = state.get(kY1, c), y2 = state.get(kY2, c);
@@ -171,22 +113,22 @@ __attribute__((noinline)) void forward_steps(const IirScanForward<E>& p, const U
 
 template <class E, bool kNumerator>
 void forward_unit(const IirScanForward<E>& p, int64_t index) {
-  const Unit<E> unit(p, index);
+  const Block<E> unit(p, index, p.block);
   const Span& span = unit.span;
   Rows<Arithmetic<E>, kStates> state;
   Rows<Arithmetic<E>, kTaps> taps;
-  load_states(state, kX1, p, unit, p.state_x);
-  load_states(state, kY1, p, unit, p.state_y);
+  load_states(state, kX1, unit, p.state_x);
+  load_states(state, kY1, unit, p.state_y);
   for (int64_t k = 0; k < span.chunks; ++k) {
-    load_taps(taps, p, unit, k);
+    load_taps(taps, unit, k);
     if (!p.carry && k > 0) state.clear();
     const int64_t begin = k * p.chunk, end = begin + p.chunk < span.time ? begin + p.chunk : span.time;
     int64_t t = begin;
     for (; t + kSteps <= end; t += kSteps) forward_steps<E, kNumerator, true>(p, unit, taps, state, t, kSteps);
     if (t < end) forward_steps<E, kNumerator, false>(p, unit, taps, state, t, static_cast<int>(end - t));
   }
-  store_states(state, kX1, p, unit, p.end_x);
-  store_states(state, kY1, p, unit, p.end_y);
+  store_states(state, kX1, unit, p.end_x);
+  store_states(state, kY1, unit, p.end_y);
 }
 
 enum Owed { kS1, kS2, kR1, kR2, kOwed };  // s to gy, r to gx, of the present sample and the one before it
@@ -198,22 +140,22 @@ class Backward {
 
  public:
   Backward(const IirScanBackward<E>& p, int64_t index)
-      : p_(p), unit_(p, index), span_(unit_.span), gy_(unit_.first(p.gy)), x_(unit_.first(p.x)), y_(unit_.first(p.y)),
-        gx_(unit_.first(p.gx)), streams_(gx_ != nullptr && streamable(p, p.gx, unit_)) {}
+      : p_(p), unit_(p, index, p.block), span_(unit_.span), gy_(unit_.first(p.gy)), x_(unit_.first(p.x)),
+        y_(unit_.first(p.y)), gx_(unit_.first(p.gx)), streams_(gx_ != nullptr && unit_.streams(p.gx)) {}
 
   void run() {
-    load_states(owed_, kS1, p_, unit_, p_.gend_y);
-    load_states(owed_, kR1, p_, unit_, p_.gend_x);
-    if constexpr (kSum) load_states(past_, kY1, p_, unit_, p_.state_y);
-    if constexpr (kSum && kNumerator) load_states(past_, kX1, p_, unit_, p_.state_x);
+    load_states(owed_, kS1, unit_, p_.gend_y);
+    load_states(owed_, kR1, unit_, p_.gend_x);
+    if constexpr (kSum) load_states(past_, kY1, unit_, p_.state_y);
+    if constexpr (kSum && kNumerator) load_states(past_, kX1, unit_, p_.state_x);
     for (int64_t k = span_.chunks; k-- > 0;) chunk(k);
-    store_states(owed_, kS1, p_, unit_, p_.gstate_y);
-    store_states(owed_, kR1, p_, unit_, p_.gstate_x);
+    store_states(owed_, kS1, unit_, p_.gstate_y);
+    store_states(owed_, kR1, unit_, p_.gstate_x);
   }
 
  private:
   void chunk(int64_t k) {
-    load_taps(taps_, p_, unit_, k);
+    load_taps(taps_, unit_, k);
     if (!p_.carry && k + 1 < span_.chunks) owed_.clear();
     const int64_t begin = k * p_.chunk, end = begin + p_.chunk < span_.time ? begin + p_.chunk : span_.time;
     if (begin == end) {  // a sequence without samples
@@ -325,7 +267,7 @@ class Backward {
   }
 
   const IirScanBackward<E>& p_;
-  const Unit<E> unit_;
+  const Block<E> unit_;
   const Span span_;
   const E* const gy_;
   const E* const x_;
@@ -341,7 +283,7 @@ class Backward {
 
 template <class E>
 int64_t units(const IirScan<E>& p) {
-  return p.batch * ((p.channels + p.block - 1) / p.block);
+  return Block<E>::units(p, p.block);
 }
 
 template <class E>

@@ -1,7 +1,8 @@
 """fastkit: fast kernels for PyTorch, and the published methods that they serve.
 
-``import fastkit.ops`` for functions on tensors, ``fastkit.nn`` for modules; ``python -m fastkit info``
-says what runs on this machine.
+``fastkit.ops``: functions on tensors; ``fastkit.nn`` and ``fastkit.optim``: modules and optimizers above
+them; ``fastkit.methods``: published methods, for models that you have. ``python -m fastkit info`` says what
+runs on this machine.
 """
 
 __version__ = "0.1.0"

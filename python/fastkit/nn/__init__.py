@@ -1,4 +1,9 @@
 """Drop-in torch.nn modules over fastkit.ops."""
 
-from fastkit.nn.adaptive_iir import AdaptiveIIR as AdaptiveIIR
-from fastkit.nn.prilora_linear import PRILoRALinear as PRILoRALinear
+from fastkit.nn.adaptive_iir import AdaptiveIIR
+from fastkit.nn.prilora_linear import PRILoRALinear
+
+__all__ = [
+    "AdaptiveIIR",
+    "PRILoRALinear",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ if _native.REASON is None:
     @torch.library.register_fake("fastkit::mtadam_update_")
     def _(*args: object) -> None:
         pass
+
+    def _update_negated_(*args: Any) -> None:
+        """Where PyTorch would turn the signs of negated views itself, but cannot beside a list with None."""
+        own = [_turned(arg) for arg in args]
+        _update_(*own)
+        for i in (0, 2, 3, 4, 5, 6):
+            written = zip(args[i], own[i], strict=True) if isinstance(args[i], list) else [(args[i], own[i])]
+            for to, of in written:
+                if to is not of:
+                    to.copy_(of)
+
+    def _turned(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.resolve_neg()
+        return [_turned(each) for each in value] if isinstance(value, list) else value
+
+    _library = torch.library.Library("fastkit", "IMPL")
+    _library.impl("mtadam_update_", _update_negated_, "Negative")
 
 
 def mtadam_square_sums(

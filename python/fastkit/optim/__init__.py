@@ -1,3 +1,7 @@
 """Drop-in ``torch.optim.Optimizer`` classes; ordinary state_dicts."""
 
-from fastkit.optim.mtadam import MTAdam as MTAdam
+from fastkit.optim.mtadam import MTAdam
+
+__all__ = [
+    "MTAdam",
+]

@@ -318,7 +318,7 @@ def _budgets(
     least = (denominator - denominator_error).clamp(min=0.0)  # 0: a budget of inf
     step, quotient = rule.lr / (1 - beta1**t), (after.exp_avgs[i] / denominator).abs()
     step_error = step * ((moment_error + quotient * denominator_error) / least + 4 * u * quotient)
-    kept = old.abs() * (1 - rule.lr * rule.weight_decay if rule.decoupled else 1.0)
+    kept = old.abs() * (abs(1 - rule.lr * rule.weight_decay) if rule.decoupled else 1.0)
     budget = step_error + tiny / least + 3 * u * kept + tiny
     if stored.itemsize == 2:
         half = torch.finfo(stored)

@@ -1,4 +1,9 @@
 """What fastkit adds to transformers: for a method that needs one, a callback of its Trainer or a Trainer."""
 
-from fastkit.integrations.transformers.mtadam import MTAdamTrainer as MTAdamTrainer
-from fastkit.integrations.transformers.prilora import PRILoRACallback as PRILoRACallback
+from fastkit.integrations.transformers.mtadam import MTAdamTrainer
+from fastkit.integrations.transformers.prilora import PRILoRACallback
+
+__all__ = [
+    "MTAdamTrainer",
+    "PRILoRACallback",
+]
