@@ -94,7 +94,11 @@ def update_call(choose):
         call["grad_scales"] = Made((L,), values=tuple(choose((1.0, 2.0, 1024.0)) for _ in range(L)))
     if choose(range(6)) == 5:
         call["found_inf"] = Made(choose(((), (1,), (1, 1))), values=(choose((0.0, 0.0, 1.0)),))
-    return mtadam_update_, spoiled(choose, call)
+    call = spoiled(choose, call)
+    for name in ("square_sums", "grad_scales", "found_inf"):
+        if isinstance(call.get(name), Made) and call[name].layout == "zero":
+            del call[name]  # in whose place PyTorch gives kernels an expanded zero, which they refuse
+    return mtadam_update_, call
 
 
 def sums_call(choose):
@@ -144,11 +148,13 @@ def check_update(call, found, plain):
     torch.testing.assert_close(results["steps"], others["steps"], rtol=0, atol=0, equal_nan=True)
     tame = kinds <= set(TAME)
     before = plain_values(mapped(Made.tensor, call), None)
-    if any((v < 0).any() for v in (*before["exp_avg_sqs"], *before.get("max_exp_avg_sqs", ()))):
+    if any((v < 0).any() for v in (*before["exp_avg_sqs"], *(before.get("max_exp_avg_sqs") or ()))):
         return  # which no squares are
     usual = tame and call.get("lr") != 1e-300
-    if kinds & {"large", "small"} or call.get("lr") == 1e30:
+    if kinds & {"large", "small"} or call.get("lr") == 1e30 or (call.get("weight_decay") or 0) > 1e15:
         return  # where it overflows depends on the order of products
+    if "subnormal" in kinds and call.get("eps") == 0.0:
+        return  # which are zero on some processors, and divided by
     if not usual or call.get("eps") == 0.0 or (1 - 2**-53) in call.get("betas", ()):
         for place, result in results.items():
             kept = finite_params(before["params"], place)  # another one may make its moments NaN
@@ -240,6 +246,13 @@ def test_a_gradient_whose_sign_is_yet_to_be_turned():
         moments = {"exp_avgs": [torch.zeros(3)], "exp_avg_sqs": [torch.zeros(3)]}
         step(params=[params[-1]], grads=[grad], **moments)
     assert torch.equal(*params)
+
+
+def test_a_gradient_of_zeros_without_memory():
+    """As autograd has them: a gradient, not None."""
+    steps, moments = torch.zeros(1), [torch.ones(2)]
+    step(steps=steps, grads=[torch._efficientzerotensor((2,))], exp_avg_sqs=moments)
+    assert steps == 1 and torch.equal(moments[0], torch.full((2,), 0.999))
 
 
 @pytest.mark.parametrize("last", [torch.ones(2), None])

@@ -219,6 +219,18 @@ def test_fewer_rows_than_columns_are_singular(impl):
         assert defect(procrustes(source[:0], target[:0], impl=impl)) <= 1e-6
 
 
+def test_columns_that_depend_on_each_other_are_singular(impl):
+    """To the reference's product, in float64; of a product in float32 its rounding hid it in one of four."""
+    for seed in range(20):
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+        source = torch.randn(1000, 3, generator=generator)
+        a, b = torch.randint(-8, 9, (2, 1000, 1), generator=generator).float()
+        with pytest.warns(RuntimeWarning, match="procrustes: 1 of 1 matrices are singular"):
+            w = procrustes(source.requires_grad_(), torch.cat([a, b, a + b], 1), impl=impl)
+        with pytest.raises(RuntimeError, match="procrustes: the gradient needs matrices that are not"):
+            w.sum().backward()
+
+
 def test_the_gradient_of_a_singular_matrix_is_refused_and_that_beside_it_is_not(impl):
     m = torch.stack([2 * torch.eye(3), torch.ones(3, 3)]).requires_grad_()
     with pytest.warns(RuntimeWarning, match="singular"):
@@ -470,6 +482,11 @@ def test_opcheck(native):
     m = torch.stack([with_spectrum(log_spaced(4, 10.0), 5, seed=i) for i in range(2)])
     w, singular = factor(m, "polar")
     opcheck(torch.ops.fastkit_products.polar.default, (m, "polar"))
+    source, target = torch.randn(6, 3), torch.randn(6, 2)
+    opcheck(
+        torch.ops.fastkit_products.polar.default,
+        ((source.mT @ target)[None], "procrustes", target, source),
+    )
     opcheck(torch.ops.fastkit_products.polar_tangent.default, (w, m, w, singular, "polar"))
 
 

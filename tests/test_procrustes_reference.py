@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastkit.reference.procrustes import is_singular, polar, procrustes
-from fastkit.testing.procrustes import log_spaced, orthogonal, with_spectrum
+from fastkit.testing.procrustes import least_divisor, log_spaced, orthogonal, with_spectrum
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -111,6 +111,14 @@ def test_the_tangent_solves_a_sylvester_equation():
     w, tangent = torch.func.jvp(polar, (m,), (g,))
     h, x = w.mT @ m, w.mT @ tangent
     assert near(x, -x.mT) and near(h @ x + x @ h, w.mT @ g - g.mT @ w)
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_the_least_divisor_is_that_of_the_worst_direction(rows):
+    s = torch.tensor([3.0, 2.0, 1.0, 0.01], dtype=DOUBLE)
+    jacobian = torch.func.jacrev(polar)(with_spectrum(s, rows, dtype=DOUBLE)).reshape(4 * rows, 4 * rows)
+    norm = torch.linalg.matrix_norm(jacobian, 2)
+    assert near(norm * least_divisor(s, rows), torch.ones((), dtype=DOUBLE), 1e-9)
 
 
 def test_derivatives_of_a_singular_matrix_are_nan_and_those_beside_it_are_not():

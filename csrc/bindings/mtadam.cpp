@@ -202,10 +202,13 @@ class Pointers {
     tensors_[i].exp_avg = static_cast<T*>(exp_avg.data_ptr());
   }
   void add_grad(int64_t i, int64_t f, const Tensor& grad, const Tensor* exp_avg) {
-    const Tensor dense = exp_avg == nullptr || same_strides(grad, *exp_avg) ? grad : copy(grad, *exp_avg);
     static const E nothing{};  // an empty tensor has no address, and is a gradient nevertheless
+    const E*& pointer = grads_[i * folded_ + f];
     tensors_[i].numel = grad.numel();
-    grads_[i * folded_ + f] = grad.numel() == 0 ? &nothing : static_cast<const E*>(dense.data_ptr());
+    pointer = grad.numel() == 0 ? &nothing : static_cast<const E*>(grad.data_ptr());
+    // Nor have the zeros that autograd keeps without memory, which PyTorch makes tensors of in other lists.
+    const bool usable = grad.numel() == 0 || exp_avg == nullptr || (pointer != nullptr && same_strides(grad, *exp_avg));
+    if (!usable) pointer = static_cast<const E*>(copy(grad, *exp_avg).data_ptr());
   }
   void add_exp_avg_sq(int64_t i, int64_t l, const Tensor& t) {
     exp_avg_sqs_[i * terms_ + l] = static_cast<T*>(t.data_ptr());

@@ -54,6 +54,12 @@ def unavailable(impl: str, kernels: Kernels) -> str | None:
     return None
 
 
+def check_impl(op: str, impl: Impl | None) -> None:
+    """That there is such a name."""
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)} or None, got {impl!r}")
+
+
 def choose(op: str, impl: Impl | None, x: torch.Tensor, kernels: Kernels) -> Impl:
     """The implementation that runs ``op`` on tensors like ``x``.
 
@@ -69,8 +75,7 @@ def choose(op: str, impl: Impl | None, x: torch.Tensor, kernels: Kernels) -> Imp
         if covering:
             _native.warn_once(_why_not(covering, kernels))
         return "reference"
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)} or None, got {impl!r}")
+    check_impl(op, impl)
     if impl == "reference":
         return impl
     reason = unavailable(impl, kernels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkit import _native, reference
-from fastkit._dispatch import Impl, Kernels, choose
+from fastkit._dispatch import Impl, Kernels, check_impl, choose
 from fastkit.ops._checks import FLOATING
 from fastkit.ops.mtadam_checks import check_gradients, check_lists, check_numbers, check_options, check_state
 
@@ -216,6 +216,7 @@ def mtadam_update_(
     params, exp_avgs, exp_avg_sqs, maxima = map(list, lists.values())
     grads = list(grads)
     if not params:
+        check_impl(op, impl)
         return
     check_state(op, params, grads, exp_avgs, exp_avg_sqs, maxima, grad_norms, steps)
     terms = grad_norms.shape[1]

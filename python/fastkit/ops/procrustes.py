@@ -14,7 +14,7 @@ from fastkit.ops._checks import FLOATING, arithmetic, check_tensors, widened
 from fastkit.ops.procrustes_autograd import polar_factor, refuse_singular
 from fastkit.ops.procrustes_checks import check_finite, check_polar, check_procrustes
 from fastkit.ops.procrustes_iterations import scaled, warn_of_singular
-from fastkit.reference.procrustes import is_singular, power_of_two
+from fastkit.reference.procrustes import cross_product, decomposed, is_singular
 from fastkit.reference.procrustes import polar as reference_polar
 from fastkit.reference.procrustes import procrustes as reference_procrustes
 
@@ -112,7 +112,8 @@ def procrustes(
     ``polar``.
 
     Numerics: both tables are scaled by powers of two, exactly; the product ``target^T source`` is PyTorch's,
-    with its settings, in float32 for half precision. For the rest see ``polar``.
+    with its settings, in float32 for half precision; in float64 for all dtypes where the SVD runs. For the
+    rest see ``polar``.
 
     Support: as ``polar``, to source and target.
 
@@ -136,11 +137,11 @@ def procrustes(
     chosen = choose(op, impl, source, KERNELS)
     with without_autocast(source):
         if chosen == "reference" or transforms():
-            m = target.detach().double().mT @ source.detach().double()
+            m = cross_product(source.detach(), target.detach())
             return _guarded(op, m, lambda: reference_procrustes(source, target).contiguous(), source.dtype)
         m = _cross_product(source, target)
         tall = m.shape[0] >= m.shape[1]
-        w = polar_factor((m if tall else m.mT).unsqueeze(0), op)[0]
+        w = polar_factor((m if tall else m.mT).unsqueeze(0), op, (source.detach(), target.detach()))[0]
         return (w if tall else w.mT.contiguous()).to(source.dtype)
 
 
@@ -154,7 +155,12 @@ def _cross_product(source: Tensor, target: Tensor) -> Tensor:  # (E, D), in the 
     return (target.to(precise).mT @ source.to(precise)).to(dtype)
 
 
-def _guarded(op: str, m: Tensor, factor: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+def _guarded(
+    op: str,
+    m: Tensor,  # (..., P, Q), P >= Q
+    factor: Callable[[], Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
     """The reference's factor of m, with the warning and the refusals of the iteration: it looks at values.
 
     ``dtype`` is that of the arguments. Where values cannot be looked at, derivatives of what is singular are
@@ -164,7 +170,7 @@ def _guarded(op: str, m: Tensor, factor: Callable[[], Tensor], dtype: torch.dtyp
         return factor()
     m = m.detach().double().reshape(-1, *m.shape[-2:])
     check_finite(op, m, len(m))
-    singular = is_singular(torch.linalg.svdvals(m / power_of_two(m)), m.shape, dtype)
+    singular = is_singular(decomposed(m)[1], m.shape, dtype)
     warn_of_singular(op, singular)
     w = factor()
     return _Refused.apply(w, singular, op) if w.requires_grad and bool(singular.any()) else w

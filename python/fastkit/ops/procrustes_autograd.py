@@ -20,9 +20,9 @@ from fastkit.ops.procrustes_iterations import factor, ieee_products
 from fastkit.reference.procrustes import power_of_two
 
 
-def polar_factor(m: Tensor, op: str) -> Tensor:  # (B, P, Q), P >= Q
-    """The factor of each matrix, in float32 or float64."""
-    return _Polar.apply(m, op)[0] if differentiates(m) else _polar(m, op)[0]
+def polar_factor(m: Tensor, op: str, tables: tuple[Tensor, ...] = ()) -> Tensor:  # (B, P, Q), P >= Q
+    """The factor of each matrix, in float32 or float64; ``tables`` as of ``factor``, without a gradient."""
+    return _Polar.apply(m, op, *tables)[0] if differentiates(m) else _polar(m, op, *tables)[0]
 
 
 def _tangent_of(
@@ -56,7 +56,7 @@ def refuse_singular(op: str, singular: Tensor) -> None:
         )
 
 
-def _fake_polar(m: Tensor, op: str) -> tuple[Tensor, Tensor]:
+def _fake_polar(m: Tensor, op: str, *tables: Tensor | None) -> tuple[Tensor, Tensor]:
     return m.new_empty(m.shape), m.new_empty(m.shape[0], dtype=torch.bool)
 
 
@@ -64,7 +64,12 @@ def _fake_tangent(g: Tensor, m: Tensor, w: Tensor, singular: Tensor, op: str) ->
     return m.new_empty(m.shape)
 
 
-_polar = define("fastkit_products", "polar(Tensor m, str op) -> (Tensor, Tensor)", factor, _fake_polar)
+_polar = define(
+    "fastkit_products",
+    "polar(Tensor m, str op, Tensor? source=None, Tensor? target=None) -> (Tensor, Tensor)",
+    factor,
+    _fake_polar,
+)
 _polar_tangent = define(
     "fastkit_products",
     "polar_tangent(Tensor g, Tensor m, Tensor w, Tensor singular, str op) -> Tensor",
@@ -75,12 +80,13 @@ _polar_tangent = define(
 
 class _Polar(Function):
     @staticmethod
-    def forward(m: Tensor, op: str) -> tuple[Tensor, Tensor]:
-        return _polar(m, op)
+    def forward(m: Tensor, op: str, *tables: Tensor) -> tuple[Tensor, Tensor]:
+        return _polar(m, op, *tables)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        m, ctx.op = inputs
+        m, ctx.op, *tables = inputs
+        ctx.tables = len(tables)
         w, singular = output
         ctx.mark_non_differentiable(singular)
         ctx.set_materialize_grads(False)
@@ -90,7 +96,7 @@ class _Polar(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g = grad_outputs[0]
         m, w, singular = ctx.saved_tensors
-        return None if g is None else _tangent(g, m, w, singular, ctx.op), None
+        return None if g is None else _tangent(g, m, w, singular, ctx.op), None, *[None] * ctx.tables
 
 
 def _tangent(g: Tensor, m: Tensor, w: Tensor, singular: Tensor, op: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkit.ops.procrustes_checks import check_finite
-from fastkit.reference.procrustes import is_singular, power_of_two
+from fastkit.reference.procrustes import cross_product, decomposed, is_singular
 
 
 class Rational(NamedTuple):
@@ -59,11 +59,14 @@ _POWERS = 6
 _MARGIN = 1.2  # by which the largest singular value may exceed what is found of it
 
 
-def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, Q), (B,)
+def factor(  # (B, P, Q) -> (B, P, Q), (B,)
+    m: Tensor, op: str, source: Tensor | None = None, target: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The factor of each matrix, P >= Q, and whether the matrix is singular.
 
     There is one look at values, after all steps. A factor that is not orthogonal then is computed again, by
-    an SVD in float64.
+    an SVD in float64: where m is the product of tables, of these, for m's own rounding may hide that they
+    have columns that depend on each other.
     """
     if m.numel() == 0:
         return torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(
@@ -81,8 +84,10 @@ def factor(m: Tensor, op: str) -> tuple[Tensor, Tensor]:  # (B, P, Q) -> (B, P, 
         return w, singular
     rest = (~orthogonal).nonzero().squeeze(1)
     ms = m[rest].double()
+    if source is not None and target is not None:
+        ms = cross_product(source, target).unsqueeze(0)
     check_finite(op, ms, len(m))
-    u, s, vh = torch.linalg.svd(ms / power_of_two(ms), full_matrices=False)
+    u, s, vh = decomposed(ms)
     found = u @ vh
     if m.is_cuda:  # by Jacobi's method, which leaves it less orthogonal than rounding would
         gram = found.mT @ found

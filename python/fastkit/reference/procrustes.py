@@ -21,15 +21,32 @@ def procrustes(source: Tensor, target: Tensor) -> Tensor:  # (N, D), (N, E) -> (
 
     It has the largest ``trace(W^T target^T source)``. In float64, rounded to the dtype of the tables.
     """
-    m = target.double().mT @ source.double()
-    w = _factor(m, source.dtype) if m.shape[0] >= m.shape[1] else _factor(m.mT, source.dtype).mT
-    return w.to(source.dtype)
+    w = _factor(cross_product(source, target), source.dtype)
+    return (w if target.shape[1] >= source.shape[1] else w.mT).to(source.dtype)
+
+
+def cross_product(source: Tensor, target: Tensor) -> Tensor:  # (N, D), (N, E) -> (P, Q), P >= Q
+    """``target^T source`` in float64 but for scale, transposed if E < D.
+
+    Tables are scaled beforehand: of any scale their product neither overflows nor vanishes.
+    """
+    source, target = (table / power_of_two(table) for table in (source.double(), target.double()))
+    m = target.mT @ source
+    return m if m.shape[0] >= m.shape[1] else m.mT
+
+
+def decomposed(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (..., P, Q) float64, P >= Q
+    """U, S and V^T of m divided by its ``power_of_two``.
+
+    Its rounding is as large as what is singular in float64: op and reference both ask this one.
+    """
+    return torch.linalg.svd(m.detach() / power_of_two(m), full_matrices=False)
 
 
 def is_singular(s: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:  # (..., Q) -> (...)
     """Whether a matrix with these singular values may be singular but for the rounding of its entries.
 
-    They are those of a matrix divided by its ``power_of_two``.
+    They are those of ``decomposed``, whose squares neither overflow nor vanish.
     ``shape`` and ``dtype`` are those of the matrix. Entries err by up to eps/2 of themselves, and so they
     together by that part of their norm; eps is that of the arithmetic, for half precision float32's.
     """
@@ -57,8 +74,8 @@ def _factor(m: Tensor, dtype: torch.dtype) -> Tensor:  # (..., P, Q), P >= Q, wh
     is ``1 / S``, and each step below has one more order of its derivatives right: E in y + E solves, to first
     order, E S + S E = 1 - y b y.
     """
+    u, s, vh = decomposed(m)
     m = m / power_of_two(m)
-    u, s, vh = torch.linalg.svd(m.detach(), full_matrices=False)
     singular = is_singular(s, m.shape, dtype).unsqueeze(-1)
     mv = m @ vh.mT
     b = mv.mT @ mv

@@ -219,6 +219,19 @@ def _gradients(
     )
 
 
+def _largest_ratio(t: int, beta1: float, beta2: float) -> float:
+    """The most that m is, of the root of v, after t gradients g_s of ages s = 0, 1, ..., t - 1.
+
+    ``m = (1 - beta1) sum(beta1^s g_s)`` and ``v = (1 - beta2) sum(beta2^s g_s^2)``, of which Cauchy and
+    Schwarz leave ``(1 - beta1) sqrt(sum((beta1^2 / beta2)^s) / (1 - beta2))``. With ``beta2 = 0`` v knows the
+    last gradient alone: what m remembers of older ones may be any multiple of its root.
+    """
+    if beta2 == 0:
+        return math.inf if beta1 > 0 and t > 1 else 1 - beta1
+    geometric = sum((beta1**2 / beta2) ** s for s in range(t))
+    return (1 - beta1) * math.sqrt(geometric / (1 - beta2))
+
+
 def expected_maps(
     inputs: Inputs,
     found: ICPEpoch,
@@ -255,8 +268,7 @@ def expected_maps(
         batch = source[xs], target[there[xs]], target[ys], source[back[ys]]
         both = _gradients(w[0], w[1], *batch, cycle_weight)
         rate, root = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
-        geometric = sum((beta1**2 / beta2) ** s for s in range(t)) if beta2 > 0 else 1.0
-        largest = root * (1 - beta1) * math.sqrt(geometric / (1 - beta2))  # of m over the root of v
+        largest = root * _largest_ratio(t, beta1, beta2)
         for i, g in enumerate(both):
             first[i] = first[i].times(beta1) + g.times(1 - beta1)
             square = _Bounded(
