@@ -257,7 +257,7 @@ def test_a_gradient_of_zeros_without_memory():
 
 @pytest.mark.parametrize("last", [torch.ones(2), None])
 def test_a_negated_view_of_state(last):
-    """PyTorch turns its sign, before and after, but not where a list has None."""
+    """PyTorch would turn its sign, before and after, but fails at lists that may have None."""
     steps = torch.complex(torch.zeros(1), torch.tensor([-3.0])).conj().imag
     grads, norms, moments = [torch.ones(2), last], torch.zeros(1, 2), [torch.zeros(2), torch.zeros(2)]
     step(steps=steps, grads=grads, grad_norms=norms, exp_avg_sqs=moments)
