@@ -31,7 +31,7 @@ if _native.REASON is None:
         pass
 
     def _update_negated_(*args: Any) -> None:
-        """Where PyTorch would turn the signs of negated views itself, but cannot beside lists that may have None."""
+        """Where PyTorch would turn the signs of negated views, but fails at lists that may have None."""
         own = [_turned(arg) for arg in args]
         _update_(*own)
         for i in (0, 2, 3, 4, 5, 6):
