@@ -14,8 +14,9 @@ def cases(*, quick: bool = False) -> list[Case]:
 
 
 def demo_cases(*, quick: bool = False) -> list[Case]:
-    """A few restarts."""
-    return [epoch.case(4, 300, 16, warm=True, compile=False) if quick else epoch.case(8, 2000, 25)]
+    """A few restarts, without the compiled form: the slowest, and as long to build as all else takes."""
+    size, warm = ((4, 300, 16), True) if quick else ((8, 2000, 25), False)
+    return [epoch.case(*size, warm=warm, compile=False)]
 
 
 def gpu_cases() -> list[Case]:

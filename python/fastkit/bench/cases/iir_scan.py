@@ -41,11 +41,10 @@ def cases(*, quick: bool = False) -> list[Case]:
 
 
 def demo_cases(*, quick: bool = False) -> list[Case]:
-    """A filter for each chunk, as a layer has it: beyond the caches, and within them."""
-    large, small = ((8, 256, 4096), False), ((4, 512, 1024), True)
+    """A filter for each chunk, as a layer has it: within the caches if ``quick``, else beyond them."""
+    size = (4, 512, 1024) if quick else (8, 256, 4096)
     return [
-        chunks.case(*size, view=True, backward=backward, warm=warm, compile=not quick, packages=False)
-        for size, warm in ([small] if quick else [large, small])
+        chunks.case(*size, view=True, backward=backward, warm=quick, compile=not quick, packages=False)
         for backward in _DIRECTIONS
     ]
 
