@@ -31,7 +31,7 @@ pytestmark = pytest.mark.native
 HERE = Path(__file__).parent
 
 PACKAGES = ("nn", "ops", "optim", "reference", "methods.prilora", "methods.word_translation")
-OF_TRANSFORMERS = ("integrations.transformers",)
+OF_TRANSFORMERS = ("integrations.transformers", "methods.focus")
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
 ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric}
 ALIASES |= {
@@ -45,6 +45,11 @@ STATE_DICTS = [
     "AdaptiveIIR(6, filters=2, pool=4, hidden=5)",
     "AdaptiveIIR(6, adaptive=False)",
     "AdaptiveIIR(6, adaptive=False, filters=2)",
+    "AdaptiveIIR(6, first='learned')",
+    "FocusLayer(6, attn_chunk=4, kernel_length=3)",
+    "FocusLayer(6, attn_chunk=4, kernel_length=3, conv_glu=True, causal=False)",
+    "FocusLayer(6, coefficients='constant', position='none')",
+    "GlobalConv(6, 3)",
     "PRILoRALinear(torch.nn.Linear(6, 4), 2)",
 ]
 

@@ -181,7 +181,7 @@ def test_learns(options):
 def test_repr():
     assert repr(AdaptiveIIR(6, filters=2, adaptive=False)) == (
         "AdaptiveIIR(6, chunk=128, filters=2, pool=8, parameterization='sigmoid', adaptive=False,"
-        " carry=False)"
+        " carry=False, first='identity')"
     )
 
 

@@ -1,9 +1,13 @@
 """Drop-in torch.nn modules over fastkit.ops."""
 
 from fastkit.nn.adaptive_iir import AdaptiveIIR
+from fastkit.nn.focus_layer import FocusLayer
+from fastkit.nn.global_conv import GlobalConv
 from fastkit.nn.prilora_linear import PRILoRALinear
 
 __all__ = [
     "AdaptiveIIR",
+    "FocusLayer",
+    "GlobalConv",
     "PRILoRALinear",
 ]

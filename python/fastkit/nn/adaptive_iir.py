@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 
 from fastkit import ops
 from fastkit._autograd import without_autocast
+from fastkit.nn.global_conv import GlobalConv
+from fastkit.reference.pooled_conv import cell_maxima
 
 Parameterization = Literal["sigmoid", "triangle", "polar", "l1", "raw"]
 
@@ -25,10 +27,10 @@ class AdaptiveIIR(nn.Module):
         y[t] = x[t] - a1 y[t-1] - a2 y[t-2],    (a1, a2) = those of chunk t // chunk
 
     and the result is the sum of the ``filters`` such y of a channel. ``adaptive=True``: a chunk is cut into
-    ``pool`` cells; the maxima of x over the cells go through an MLP ``pool -> hidden -> 2 * filters``, shared
-    by channels and chunks, with a sigmoid between its layers; what it returns, v, gives the coefficients of
-    the next chunk. Chunk 0 has a1 = a2 = 0 and passes as it is (our choice). ``adaptive=False``: v is a
-    parameter, one for all of T. Either way the result at t depends on x up to t only.
+    ``pool`` cells; the maxima of x, or of its global convolution, over the cells go through an MLP
+    ``pool -> hidden -> 2 * filters``, shared by channels and chunks, with a sigmoid between its layers; what
+    it returns, v, gives the coefficients of the next chunk. ``adaptive=False``: v is a parameter, one for all
+    of T. Either way the result at t depends on x up to t only, to the last bit.
 
     Args:
         channels: C, the width of x.
@@ -46,10 +48,15 @@ class AdaptiveIIR(nn.Module):
             - ``"raw"``: a1 = v1, a2 = v2; not always stable.
         adaptive: False learns the coefficients themselves; the paper's ablation Focus-H.
         carry: whether the history of y crosses into the next chunk. The paper's does not.
+        first: what chunk 0 is filtered with, before which there is none. ``"identity"``: a1 = a2 = 0, it
+            passes as it is (times F); ``"learned"``: a parameter gives its v. The paper does not say.
+        global_conv: a module ``(B, T, C) -> (B, T, C)``, which x passes before the pooling; causal, if the
+            result is to be: a ``GlobalConv``, whose ``block`` is then ``chunk``, is. Default: none.
 
     Shape:
         x and the result: ``(B, T, C)``. Parameters: ``mlp.0.weight`` (hidden, pool), ``mlp.0.bias``,
-        ``mlp.2.weight`` (2 F, hidden), ``mlp.2.bias``; or, with ``adaptive=False``, ``logits`` (C, F, 2).
+        ``mlp.2.weight`` (2 F, hidden), ``mlp.2.bias``, those of ``global_conv``, and ``first_logits``
+        (C, F, 2) if that is learned; or, with ``adaptive=False``, ``logits`` (C, F, 2).
 
     Raises:
         ValueError: an option or the shape of x is not as above.
@@ -57,8 +64,8 @@ class AdaptiveIIR(nn.Module):
 
     Initialisation: ``mlp.2.weight`` by hyperfan-in, made for layers that generate weights (Chang, Flokas,
     Lipson, ICLR 2020): uniform with variance ``1 / (2 hidden / 4)``, for two weights that enter one sum and
-    hidden units with a mean square of 1/4. ``mlp.0.weight``: Xavier. Biases: 0, ``logits``: N(0, 1) (our
-    choice).
+    hidden units with a mean square of 1/4. ``mlp.0.weight``: Xavier. Biases: 0, ``logits`` and
+    ``first_logits``: N(0, 1) (our choice).
 
     Numerics: autocast is off for the coefficients; the MLP runs in the dtype of its parameters, what follows
     it in float32 or float64. The result has the dtype of x. All but ``raw`` are stable inside a chunk, so
@@ -66,8 +73,7 @@ class AdaptiveIIR(nn.Module):
     add energy: only ``l1`` stays bounded then, and ``sigmoid``, ``triangle`` and ``polar`` warn.
 
     Source: Lutati, Zimerman, Wolf, "Focus Your Attention (with Adaptive IIR Filters)", EMNLP 2023, eq. 1-8,
-    without the global convolution before the pooling, and with H itself where eq. 6 has its conjugate, which
-    lets y see the future of its chunk.
+    with H itself where eq. 6 has its conjugate, which lets y see the future of its chunk.
 
     Example:
         >>> import torch, fastkit.nn
@@ -77,7 +83,8 @@ class AdaptiveIIR(nn.Module):
     """
 
     mlp: nn.Sequential  # if adaptive
-    logits: nn.Parameter  # if not
+    first_logits: nn.Parameter  # if that is learned
+    logits: nn.Parameter  # if not adaptive
 
     def __init__(
         self,
@@ -90,6 +97,8 @@ class AdaptiveIIR(nn.Module):
         parameterization: Parameterization = "sigmoid",
         adaptive: bool = True,
         carry: bool = False,
+        first: Literal["identity", "learned"] = "identity",
+        global_conv: nn.Module | None = None,
     ) -> None:
         super().__init__()
         counts = {
@@ -108,6 +117,17 @@ class AdaptiveIIR(nn.Module):
                 f"AdaptiveIIR: parameterization must be one of {', '.join(_COEFFICIENTS)},"
                 f" got {parameterization!r}"
             )
+        if first not in ("identity", "learned"):
+            raise ValueError(f"AdaptiveIIR: first must be identity or learned, got {first!r}")
+        if isinstance(global_conv, GlobalConv) and global_conv.block != chunk:
+            raise ValueError(
+                f"AdaptiveIIR: the block of global_conv must be chunk, got {global_conv.block} and {chunk}"
+            )
+        if not adaptive and (first != "identity" or global_conv is not None):
+            raise ValueError(
+                "AdaptiveIIR: first and global_conv are for adaptive coefficients, got adaptive=False; leave"
+                " them out"
+            )
         if adaptive and carry and parameterization not in ("l1", "raw"):
             warnings.warn(
                 f'AdaptiveIIR: parameterization="{parameterization}" keeps each filter stable, but with'
@@ -122,6 +142,10 @@ class AdaptiveIIR(nn.Module):
         self.parameterization: Parameterization = parameterization
         self.adaptive = adaptive
         self.carry = carry
+        self.first = first
+        self.global_conv = global_conv
+        if first == "learned":
+            self.first_logits = nn.Parameter(torch.empty(channels, filters, 2))
         if adaptive:
             self.mlp = nn.Sequential(nn.Linear(pool, hidden), nn.Sigmoid(), nn.Linear(hidden, 2 * filters))
         else:
@@ -138,31 +162,45 @@ class AdaptiveIIR(nn.Module):
         nn.init.uniform_(last.weight, -bound, bound)
         nn.init.zeros_(first.bias)
         nn.init.zeros_(last.bias)
+        if self.first == "learned":
+            nn.init.normal_(self.first_logits)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, maxima: Tensor | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        """The filtered x. ``maxima``, as ``maxima`` returns them: of something else than x."""
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.channels:
             raise ValueError(
                 f"AdaptiveIIR: x must have shape (B, T, {self.channels}) with T >= 1, got {tuple(x.shape)}"
             )
-        a = self.coefficients(x)
+        a = self.coefficients(x, maxima)
         chunk = None if a.shape[2] == 1 else self.chunk
         return ops.iir_scan(x.transpose(1, 2), a, chunk=chunk, carry=self.carry).transpose(1, 2)
 
-    def coefficients(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B|1, C, K, F, 2)
+    def coefficients(self, x: Tensor, maxima: Tensor | None = None) -> Tensor:  # (B|1, C, K, F, 2)
         """The (a1, a2) that ``forward`` filters x with; K is 1 where one filter runs through all of T."""
         chunks = -(-x.shape[1] // self.chunk)
-        with without_autocast(x):
-            if not self.adaptive:
+        if not self.adaptive:
+            with without_autocast(x):
                 a = self._activate(self.logits)[None, :, None]
                 return a if self.carry else a.expand(-1, -1, chunks, -1, -1)
-            # The last chunk sets no other, so all that are pooled are whole.
-            cells = x[:, : (chunks - 1) * self.chunk].unflatten(
-                1, (chunks - 1, self.pool, self.chunk // self.pool)
-            )
-            maxima = cells.max(3).values.transpose(2, 3)  # (B, K - 1, C, pool)
+        size = len(x), chunks - 1, self.channels, self.pool
+        if maxima is None:
+            maxima = self.maxima(x)
+        elif maxima.shape != size:
+            raise ValueError(f"AdaptiveIIR: maxima must have shape {size}, got {tuple(maxima.shape)}")
+        with without_autocast(x):
             v = self.mlp(maxima.to(next(self.mlp.parameters()).dtype))
             a = self._activate(v.unflatten(-1, (self.filters, 2)))
-            return pad(a, (0, 0, 0, 0, 0, 0, 1, 0)).transpose(1, 2)  # one chunk later, after a = 0
+            a = pad(a, (0, 0, 0, 0, 0, 0, 1, 0)).transpose(1, 2)  # one chunk later, after a = 0
+            if self.first == "learned":
+                one = self._activate(self.first_logits).unsqueeze(1).expand(len(x), -1, 1, -1, -1)
+                a = torch.cat([one.to(a.dtype), a[:, :, 1:]], 2)
+            return a
+
+    def maxima(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, K - 1, C, pool)
+        """What the MLP reads: of each chunk but the last, which sets no other."""
+        if isinstance(self.global_conv, GlobalConv):
+            return self.global_conv.maxima(x, self.pool)
+        return cell_maxima(x if self.global_conv is None else self.global_conv(x), self.chunk, self.pool)
 
     def _activate(self, v: Tensor) -> Tensor:
         v = v.to(torch.promote_types(v.dtype, torch.float32))
@@ -171,7 +209,8 @@ class AdaptiveIIR(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, chunk={self.chunk}, filters={self.filters}, pool={self.pool},"
-            f" parameterization={self.parameterization!r}, adaptive={self.adaptive}, carry={self.carry}"
+            f" parameterization={self.parameterization!r}, adaptive={self.adaptive}, carry={self.carry},"
+            f" first={self.first!r}"
         )
 
 

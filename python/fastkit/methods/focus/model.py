@@ -1,0 +1,240 @@
+"""Focus models as transformers has models: FocusModel, FocusForCausalLM, FocusForSequenceClassification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from fastkit.methods.focus.config import FocusConfig
+from fastkit.nn import AdaptiveIIR, FocusLayer, GlobalConv
+from fastkit.nn.row_alignment import RowAlignment
+
+
+class FocusBlock(GradientCheckpointingLayer):
+    """A Focus layer and a feed-forward layer, each behind a norm; the layer's gate lets its input past."""
+
+    def __init__(self, config: FocusConfig) -> None:
+        super().__init__()
+        C, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm: nn.LayerNorm = nn.LayerNorm(C, eps)
+        self.layer: FocusLayer = FocusLayer(
+            C,
+            qk_size=config.qk_size,
+            num_heads=config.num_attention_heads,
+            attn_chunk=config.attn_chunk,
+            bin_length=config.bin_length,
+            pool=config.pool,
+            hidden=config.filter_hidden,
+            num_filters=config.num_filters,
+            parameterization=config.param,  # pyright: ignore[reportArgumentType]
+            first=config.first,  # pyright: ignore[reportArgumentType]
+            coefficients=config.coefficients,  # pyright: ignore[reportArgumentType]
+            kernel_length=None if config.share_global_conv else config.kernel_length,
+            conv_glu=config.conv_glu,
+            causal=config.causal,
+            position=config.position,  # pyright: ignore[reportArgumentType]
+            filtering=config.filtering,  # pyright: ignore[reportArgumentType]
+        )
+        self.mlp_norm: nn.LayerNorm = nn.LayerNorm(C, eps)
+        self.mlp: nn.Sequential = nn.Sequential(
+            nn.Linear(C, config.intermediate_size),
+            ACT2FN[config.hidden_act],
+            nn.Linear(config.intermediate_size, C),
+            nn.Dropout(config.hidden_dropout),
+        )
+
+    def forward(self, hidden_states: Tensor, maxima: Tensor | None) -> Tensor:  # (B, T, C)
+        h = self.layer(self.layer_norm(hidden_states), maxima=maxima, residual=hidden_states)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class FocusPreTrainedModel(PreTrainedModel):
+    config: FocusConfig
+    config_class = FocusConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FocusBlock"]  # noqa: RUF012  (so PreTrainedModel declares it)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (AdaptiveIIR, FocusLayer, GlobalConv)):
+            module.reset_parameters()  # its linear layers, which transformers visits first, included
+        else:
+            super()._init_weights(module)
+
+
+class FocusModel(FocusPreTrainedModel):
+    """Embeddings, the global convolution that layers share, blocks and a norm."""
+
+    def __init__(self, config: FocusConfig) -> None:
+        super().__init__(config)
+        C = config.hidden_size
+        shares = config.share_global_conv and config.coefficients == "adaptive"
+        self.embed_tokens: nn.Embedding = nn.Embedding(config.vocab_size, C, config.pad_token_id)
+        self.dropout: nn.Dropout = nn.Dropout(config.hidden_dropout)
+        self.conv_norm: nn.LayerNorm | None = None
+        self.global_conv: GlobalConv | None = None
+        if shares and config.kernel_length is not None:
+            self.conv_norm = nn.LayerNorm(C, config.layer_norm_eps)
+            self.global_conv = GlobalConv(
+                C, config.kernel_length, block=config.bin_length, glu=config.conv_glu
+            )
+        self.layers: nn.ModuleList = nn.ModuleList(
+            FocusBlock(config) for _ in range(config.num_hidden_layers)
+        )
+        self.norm: nn.LayerNorm = nn.LayerNorm(C, config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T): one run of ones in each row
+        position_ids: Tensor | None = None,  # (1, T) of packed sequences: each begins at 0
+        inputs_embeds: Tensor | None = None,  # (B, T, C)
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("FocusModel: there must be either input_ids or inputs_embeds; give one of them")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is None:
+            rows = RowAlignment.of("FocusModel", x, cu_seqlens=_offsets(x, position_ids, kwargs))
+        else:
+            rows = RowAlignment.of("FocusModel", x, attention_mask)
+        h = self.dropout(rows.align(x))
+        maxima = None
+        if self.global_conv is not None and self.conv_norm is not None:
+            maxima = self.global_conv.maxima(self.conv_norm(h), self.config.pool)
+        states: tuple[Tensor, ...] = ()
+        for block in self.layers:
+            if output_hidden_states:
+                states = *states, rows.restore(h)
+            h = block(h, maxima)
+        h = rows.restore(self.norm(h))
+        return BaseModelOutput(
+            last_hidden_state=h, hidden_states=(*states, h) if output_hidden_states else None
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _offsets(x: Tensor, position_ids: Tensor | None, more: dict[str, Any]) -> Tensor | None:
+    """Of packed sequences, as transformers' collators tell them; None, where rows are one sequence each."""
+    offsets = more.get("cu_seq_lens_q")
+    if offsets is not None or position_ids is None or len(x) > 1 or torch.compiler.is_compiling():
+        return offsets
+    begins = (position_ids.reshape(-1) == 0).nonzero().squeeze(1)
+    if len(begins) < 2:
+        return None
+    return torch.cat([begins, begins.new_tensor([x.shape[1]])])
+
+
+class FocusForCausalLM(FocusPreTrainedModel, GenerationMixin):
+    """A FocusModel, and logits of the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: FocusConfig) -> None:
+        if not config.causal:
+            raise ValueError(
+                "FocusForCausalLM: config.causal must be True, got False; a token would see what it predicts"
+            )
+        super().__init__(config)
+        self.model: FocusModel = FocusModel(config)
+        self.lm_head: nn.Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,  # (B, T): tokens; -100 is ignored
+        logits_to_keep: int | Tensor = 0,  # the last so many, or those at these places; 0: all
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; ValueError for the published filter, which sees what is yet to be generated."""
+        if self.config.filtering == "paper":
+            raise ValueError(
+                'FocusForCausalLM: generate must have config.filtering="recurrence", got "paper", in which a'
+                " token sees later ones of its bin; it is for comparison only"
+            )
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class FocusForSequenceClassification(FocusPreTrainedModel):
+    """A FocusModel, and logits of classes, or numbers, for each row."""
+
+    def __init__(self, config: FocusConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+        self.model: FocusModel = FocusModel(config)
+        self.score: nn.Linear = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,  # (B,), or as config.problem_type says
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self._pooled(outputs.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _pooled(self, h: Tensor, attention_mask: Tensor | None) -> Tensor:  # (B, T, C) -> (B, C)
+        if attention_mask is None:
+            return h.mean(1) if self.config.classifier_pooling == "mean" else h[:, -1]
+        tokens = attention_mask != 0
+        if self.config.classifier_pooling == "last":
+            last = (tokens * torch.arange(h.shape[1], device=h.device)).argmax(1)
+            return h[torch.arange(len(h), device=h.device), last]
+        weights = tokens.to(h.dtype)
+        return (weights.unsqueeze(1) @ h).squeeze(1) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+AutoConfig.register(FocusConfig.model_type, FocusConfig, exist_ok=True)
+AutoModel.register(FocusConfig, FocusModel, exist_ok=True)
+AutoModelForCausalLM.register(FocusConfig, FocusForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(FocusConfig, FocusForSequenceClassification, exist_ok=True)
