@@ -76,6 +76,14 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   // the first; writes what is kept, a dense mask for each matrix.
   m.def("prune_rows_(Tensor(a!)[] matrices, Tensor[] norms, float ratio, Tensor(b!)[] masks) -> ()");
 
+  // Maxima (B,K-1,C,pool) of `pool` cells of each block but the last of y[t] = sum_n taps[n] x[t-n], x (B,T,C), taps
+  // (C,n); and where in its block each is.
+  m.def("pooled_conv_fwd(Tensor x, Tensor taps, int block, int pool) -> (Tensor maxima, Tensor places)");
+  // Its gradients to x and taps.
+  m.def(
+      "pooled_conv_bwd(Tensor gmaxima, Tensor places, Tensor x, Tensor taps, int block, int pool) -> "
+      "(Tensor gx, Tensor gtaps)");
+
   // Count (), float64, mean (D) and scatter (D,D) of the rows of x (N,D), each counted as its weight (N) says.
   m.def("moments_fwd(Tensor x, Tensor? weights) -> (Tensor count, Tensor mean, Tensor scatter)");
 

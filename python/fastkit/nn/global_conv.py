@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, glu, pad, softshrink
 
 from fastkit._autograd import without_autocast
-from fastkit.reference.pooled_conv import cell_maxima, convolution_in_blocks, pooled_conv
+from fastkit.ops.pooled_conv import pooled_conv
+from fastkit.reference.pooled_conv import cell_maxima, convolution_in_blocks
 
 
 class GlobalConv(nn.Module):
