@@ -7,12 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from fastkit._autograd import without_autocast
 from fastkit.nn.adaptive_iir import AdaptiveIIR, Parameterization
 from fastkit.nn.global_conv import GlobalConv
 from fastkit.nn.row_alignment import RowAlignment
+from fastkit.ops.focus_gates import focus_gates
 
 Position = Literal["relative_bias", "rotary", "none"]
 
@@ -209,9 +210,7 @@ class FocusLayer(nn.Module):
         f = self.filter(x, maxima) if self.filtering == "recurrence" else self._paper_filter(x, maxima)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
         y = self._attend(self.query(x), k, v)
-        r, u, h = self.gates(f).chunk(3, -1)
-        z = silu(h + self.reset(silu(r) * y))
-        return torch.lerp(residual, z.to(residual.dtype), u.sigmoid().to(residual.dtype))
+        return focus_gates(self.gates(f), y, self.reset.weight, residual)
 
     def _paper_filter(self, x: Tensor, maxima: Tensor | None) -> Tensor:
         a = self.filter.coefficients(x, maxima)  # (B|1, C, K, F, 2)
