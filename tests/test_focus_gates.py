@@ -62,7 +62,9 @@ def test_sigmoid_to_some_units_in_the_last_place():
 
 def test_nan_and_infinity():
     nan, inf = torch.nan, torch.inf
-    logits = torch.tensor([[nan, 0, 0], [0, nan, 0], [0, 0, nan], [0, inf, 3.0], [0, -inf, 3.0], [0, -1, inf]])
+    logits = torch.tensor(
+        [[nan, 0, 0], [0, nan, 0], [0, 0, nan], [0, inf, 3.0], [0, -inf, 3.0], [0, -1, inf]]
+    )
     y, weight, residual = torch.ones(6, 1), torch.ones(1, 1), torch.full((6, 1), 2.0)
     torch.testing.assert_close(
         focus_gates(logits, y, weight, residual),

@@ -46,7 +46,7 @@ def focus_gates(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> 
 
     Logits (..., 3 C) of r, u and h, in turn; y and residual (..., C); weight (C, C) -> o (..., C), in the
     dtype of residual. In float32 on a CPU two passes over memory, and two back; else PyTorch's operations.
-    Keeps for backward its inputs and two products, silu(r) y and that times weight.
+    Keeps its inputs alone for backward.
 
     Source: Lutati, Zimerman, Wolf, EMNLP 2023, eq. 11-14, with the gates of MEGA.
     """
@@ -55,23 +55,22 @@ def focus_gates(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> 
         return reference.focus_gates(logits, y, weight, residual)
     rows = logits.flatten(0, -2), y.flatten(0, -2), weight, residual.flatten(0, -2)
     if differentiates(*rows):
-        return _FocusGates.apply(*rows)[0].view_as(residual)
-    s = _reset(*rows[:2])
-    return _update(rows[0], s @ weight.T, rows[3]).view_as(residual)
+        return _FocusGates.apply(*rows).view_as(residual)
+    return _run(*rows).view_as(residual)
+
+
+def _run(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return _update(logits, _reset(logits, y) @ weight.T, residual)
 
 
 class _FocusGates(Function):
     @staticmethod
-    def forward(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = _reset(logits, y)
-        m = s @ weight.T
-        return _update(logits, m, residual), s, m
+    def forward(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        return _run(logits, y, weight, residual)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, s, m = output
-        ctx.mark_non_differentiable(s, m)
-        ctx.save_for_backward(*inputs, s, m)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -81,22 +80,25 @@ class _FocusGates(Function):
 class _Gradients(Function):
     @staticmethod
     def forward(
-        go: Tensor, logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor, s: Tensor, m: Tensor
+        go: Tensor, logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        glogits, gresidual = _update_bwd(go, logits, m, residual)
-        gm = glogits[:, 2 * m.shape[1] :]  # what m is added to has the same gradient
+        s = _reset(logits, y)
+        glogits, gresidual = _update_bwd(go, logits, s @ weight.T, residual)
+        gm = glogits[:, 2 * y.shape[1] :]  # what m is added to has the same gradient
+        gweight = gm.T @ s
+        del s  # the room for what follows
         gy = _reset_bwd_(glogits, gm @ weight, logits, y)
-        return glogits, gy, gm.T @ s, gresidual
+        return glogits, gy, gweight, gresidual
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """By PyTorch, of the gradient of the reference."""
         with torch.enable_grad():
             go, *inputs = (t.detach().requires_grad_() for t in ctx.saved_tensors)
             first = torch.autograd.grad(reference.focus_gates(*inputs), inputs, go, create_graph=True)
-            return *torch.autograd.grad(first, (go, *inputs), grad_outputs, allow_unused=True), None, None
+            return torch.autograd.grad(first, (go, *inputs), grad_outputs, allow_unused=True)
