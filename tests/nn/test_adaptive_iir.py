@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 
 from fastkit import _native
-from fastkit.nn import AdaptiveIIR
+from fastkit.nn import AdaptiveIIR, GlobalConv
 from fastkit.ops import iir_scan
 
 pytestmark = [
@@ -267,6 +267,15 @@ def test_compile_one_graph_for_several_lengths(options):
             {"parameterization": "softmax"},
             "parameterization must be one of sigmoid, triangle, polar, l1, raw, got 'softmax'",
         ),
+        ({"first": "zero"}, "first must be identity or learned, got 'zero'"),
+        (
+            {"adaptive": False, "first": "learned"},
+            "first and global_conv are for adaptive coefficients, got adaptive=False; leave them out",
+        ),
+        (
+            {"global_conv": GlobalConv(3, 5, block=64)},
+            "the block of global_conv must be chunk, got 64 and 128",
+        ),
     ],
 )
 def test_options_are_refused_in_words(options, message):
@@ -305,3 +314,21 @@ def test_what_the_warning_is_about():
 def test_carry_of_what_cannot_switch_or_stays_bounded_does_not_warn(options, recwarn):
     layer(carry=True, **options)
     assert not recwarn
+
+
+@pytest.mark.parametrize("time", [1, 16, 17, 50])
+def test_a_global_convolution_of_ones_own(time):
+    """Any module of (B, T, C): its result is pooled in place of x."""
+    layer = AdaptiveIIR(3, chunk=16, global_conv=torch.nn.Linear(3, 3))
+    plain = AdaptiveIIR(3, chunk=16)
+    plain.load_state_dict({key: t for key, t in layer.state_dict().items() if "conv" not in key})
+    x = torch.randn(2, time, 3)
+    assert torch.equal(layer(x), plain(x, maxima=plain.maxima(layer.global_conv(x))))
+
+
+def test_a_learned_first_filter():
+    layer = AdaptiveIIR(3, chunk=16, first="learned", filters=2)
+    x = torch.randn(2, 50, 3)
+    a = layer.coefficients(x)
+    assert torch.equal(a[:, :, 0], layer.first_logits.sigmoid().expand(2, -1, -1, -1))
+    assert (torch.autograd.grad(layer(x).sum(), layer.first_logits)[0] != 0).all()
