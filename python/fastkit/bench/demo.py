@@ -13,7 +13,7 @@ from fastkit._threads import threads
 from fastkit.bench import cases, progress, report
 from fastkit.bench.harness import Row
 from fastkit.bench.measure import Settings
-from fastkit.recipes.focus import Curve, train_digits
+from fastkit.recipes._focus_demo import Curve, train_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
