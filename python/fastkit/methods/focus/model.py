@@ -115,10 +115,11 @@ class FocusModel(FocusPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("FocusModel: there must be either input_ids or inputs_embeds; give one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if attention_mask is None:
-            rows = RowAlignment.of("FocusModel", x, cu_seqlens=_offsets(x, position_ids, kwargs))
-        else:
-            rows = RowAlignment.of("FocusModel", x, attention_mask)
+        if attention_mask is not None and _masks_nothing(attention_mask, position_ids, kwargs):
+            attention_mask = None
+        if attention_mask is not None:
+            position_ids = None  # of a padded row they say where it begins, as the mask does
+        rows = RowAlignment.of("FocusModel", x, attention_mask, _offsets(x, position_ids, kwargs))
         h = self.dropout(rows.align(x))
         maxima = None
         if self.global_conv is not None and self.conv_norm is not None:
@@ -140,11 +141,19 @@ class FocusModel(FocusPreTrainedModel):
         self.embed_tokens = value  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _masks_nothing(mask: Tensor, position_ids: Tensor | None, more: dict[str, Any]) -> bool:
+    """Looks at it only where there may be packed sequences, with which a mask does not go."""
+    packs = position_ids is not None or more.get("cu_seq_lens_q") is not None
+    return packs and len(mask) == 1 and bool((mask != 0).all())
+
+
 def _offsets(x: Tensor, position_ids: Tensor | None, more: dict[str, Any]) -> Tensor | None:
     """Of packed sequences, as transformers' collators tell them; None, where rows are one sequence each."""
     offsets = more.get("cu_seq_lens_q")
-    if offsets is not None or position_ids is None or len(x) > 1 or torch.compiler.is_compiling():
+    if offsets is not None or position_ids is None or len(x) > 1:
         return offsets
+    if torch.compiler.is_compiling():
+        raise ValueError("FocusModel: a compiled model cannot read position_ids; give cu_seq_lens_q instead")
     begins = (position_ids.reshape(-1) == 0).nonzero().squeeze(1)
     if len(begins) < 2:
         return None
@@ -216,6 +225,12 @@ class FocusForSequenceClassification(FocusPreTrainedModel):
         labels: Tensor | None = None,  # (B,), or as config.problem_type says
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
+        of_rows = inputs_embeds if input_ids is None else input_ids
+        if of_rows is not None and _offsets(of_rows, kwargs.get("position_ids"), kwargs) is not None:
+            raise ValueError(
+                "FocusForSequenceClassification: a row must be one sequence, got packed ones; pad them, with"
+                " attention_mask"
+            )
         outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.score(self._pooled(outputs.last_hidden_state, attention_mask))
         loss = None
