@@ -34,7 +34,7 @@ class FocusConfig(PreTrainedConfig):
     """
 
     model_type = "fastkit_focus"
-    attribute_map: ClassVar = {"num_heads": "num_attention_heads"}
+    attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
     vocab_size: int = 256
     hidden_size: int = 512

@@ -64,9 +64,9 @@ class FocusBlock(GradientCheckpointingLayer):
 
 class FocusPreTrainedModel(PreTrainedModel):
     config: FocusConfig
-    config_class = FocusConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
+    config_class: type[FocusConfig] | None = FocusConfig
+    base_model_prefix: str = "model"
+    supports_gradient_checkpointing: bool = True
     _no_split_modules = ["FocusBlock"]  # noqa: RUF012  (so PreTrainedModel declares it)
 
     @torch.no_grad()
