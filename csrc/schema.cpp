@@ -77,14 +77,13 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   m.def("prune_rows_(Tensor(a!)[] matrices, Tensor[] norms, float ratio, Tensor(b!)[] masks) -> ()");
 
   // The gates of FocusLayer, of logits (N,3C) r, u and h: s = silu(r) y; o = residual + sigmoid(u) (silu(h + m) -
-  // residual). All others (N,C).
+  // residual), which takes the place of m. All others (N,C).
   m.def("focus_gates_reset(Tensor logits, Tensor y) -> Tensor s");
-  m.def("focus_gates_update(Tensor logits, Tensor m, Tensor residual) -> Tensor o");
-  // Their gradients. Those to the logits r, which are 0 after the first, are the second's.
-  m.def(
-      "focus_gates_update_bwd(Tensor go, Tensor logits, Tensor m, Tensor residual) -> (Tensor glogits, Tensor "
-      "gresidual)");
-  m.def("focus_gates_reset_bwd_(Tensor(a!) glogits, Tensor gs, Tensor logits, Tensor y) -> Tensor gy");
+  m.def("focus_gates_update_(Tensor(a!) m, Tensor logits, Tensor residual) -> ()");
+  // Their gradients: first to u and h, in their places, and to the residual in that of m, from go; then to r in its
+  // place and to y in that of gs.
+  m.def("focus_gates_update_bwd_(Tensor(a!) logits, Tensor(b!) m, Tensor residual, Tensor go) -> ()");
+  m.def("focus_gates_reset_bwd_(Tensor(a!) logits, Tensor(b!) gs, Tensor y) -> ()");
 
   // Maxima (B,K-1,C,pool) of `pool` cells of each block but the last of y[t] = sum_n taps[n] x[t-n], x (B,T,C), taps
   // (C,n); and where in its block each is.

@@ -2,8 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <tuple>
-
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "fastkit/focus_gates.h"
@@ -11,82 +9,68 @@
 namespace fastkit {
 namespace {
 
-using torch::stable::contiguous;
 using torch::stable::new_empty;
 
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
-void check_logits(const Tensor& logits) {
-  FASTKIT_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) % 3 == 0 &&
-                    logits.scalar_type() == ScalarType::Float,
-                "focus_gates: logits must be float32 on the CPU and have shape (N, 3 C)");
-}
+// Raw pointers of one block of rows, whose tensors have to fit the logits.
+class Block {
+ public:
+  explicit Block(const Tensor& logits) : logits_(logits) {
+    FASTKIT_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) % 3 == 0 && logits.is_contiguous() &&
+                      logits.scalar_type() == ScalarType::Float,
+                  "focus_gates: logits must be float32 on the CPU, dense and have shape (N, 3 C)");
+    call.channels = logits.size(1) / 3;
+    call.logits = static_cast<float*>(logits.data_ptr());
+  }
 
-// A dense copy, if it is not one, of what must be (N, C).
-Tensor dense(const char* name, const Tensor& t, const Tensor& logits) {
-  FASTKIT_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == logits.size(0) && 3 * t.size(1) == logits.size(1) &&
-                    t.scalar_type() == ScalarType::Float,
-                "focus_gates: ", name, " must be float32 on the CPU and have shape (", logits.size(0), ", ",
-                logits.size(1) / 3, ")");
-  return contiguous(t);
-}
+  float* of(const char* name, const Tensor& t) const {
+    FASTKIT_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == logits_.size(0) && t.size(1) == call.channels &&
+                      t.is_contiguous() && t.scalar_type() == ScalarType::Float,
+                  "focus_gates: ", name, " must be float32 on the CPU, dense and have shape (", logits_.size(0), ", ",
+                  call.channels, ")");
+    return static_cast<float*>(t.data_ptr());
+  }
 
-const float* read(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
-float* written(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+  template <class Kernel>
+  void run(Kernel kernel) const {
+    if (call.channels == 0) return;
+    torch::stable::parallel_for(0, logits_.size(0), kGrain / call.channels + 1,
+                                [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  }
 
-template <class Kernel>
-void run(const FocusGates& p, int64_t rows, Kernel kernel) {
-  if (p.channels == 0) return;
-  torch::stable::parallel_for(0, rows, kGrain / p.channels + 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-}
+  FocusGates call;
+
+ private:
+  const Tensor& logits_;
+};
 
 Tensor focus_gates_reset(const Tensor& logits, const Tensor& y) {
-  check_logits(logits);
-  const Tensor of_gates = contiguous(logits), in = dense("y", y, logits);
-  Tensor s = new_empty(in, {in.size(0), in.size(1)});
-  FocusGates p;
-  p.channels = in.size(1), p.logits = read(of_gates), p.y = read(in), p.s = written(s);
-  run(p, in.size(0), focus_gates_kernels().reset);
+  Block block(logits);
+  block.call.y = block.of("y", y);
+  Tensor s = new_empty(y, {y.size(0), y.size(1)});
+  block.call.s = block.of("s", s);
+  block.run(focus_gates_kernels().reset);
   return s;
 }
 
-Tensor focus_gates_update(const Tensor& logits, const Tensor& m, const Tensor& residual) {
-  check_logits(logits);
-  const Tensor of_gates = contiguous(logits), sum = dense("m", m, logits), kept = dense("residual", residual, logits);
-  Tensor o = new_empty(sum, {sum.size(0), sum.size(1)});
-  FocusGates p;
-  p.channels = sum.size(1), p.logits = read(of_gates), p.m = read(sum), p.residual = read(kept), p.o = written(o);
-  run(p, sum.size(0), focus_gates_kernels().update);
-  return o;
+void focus_gates_update_(Tensor& m, const Tensor& logits, const Tensor& residual) {
+  Block block(logits);
+  block.call.m = block.of("m", m), block.call.residual = block.of("residual", residual);
+  block.run(focus_gates_kernels().update);
 }
 
-std::tuple<Tensor, Tensor> focus_gates_update_bwd(const Tensor& go, const Tensor& logits, const Tensor& m,
-                                                  const Tensor& residual) {
-  check_logits(logits);
-  const Tensor of_gates = contiguous(logits), sum = dense("m", m, logits), kept = dense("residual", residual, logits);
-  const Tensor g = dense("go", go, logits);
-  Tensor glogits = new_empty(of_gates, {logits.size(0), logits.size(1)});
-  Tensor gresidual = new_empty(sum, {sum.size(0), sum.size(1)});
-  FocusGates p;
-  p.channels = sum.size(1), p.logits = read(of_gates), p.m = read(sum), p.residual = read(kept), p.go = read(g);
-  p.glogits = written(glogits), p.gresidual = written(gresidual);
-  run(p, sum.size(0), focus_gates_kernels().update_bwd);
-  return {glogits, gresidual};
+void focus_gates_update_bwd_(Tensor& logits, Tensor& m, const Tensor& residual, const Tensor& go) {
+  Block block(logits);
+  block.call.m = block.of("m", m), block.call.residual = block.of("residual", residual);
+  block.call.go = block.of("go", go);
+  block.run(focus_gates_kernels().update_bwd);
 }
 
-Tensor focus_gates_reset_bwd_(Tensor& glogits, const Tensor& gs, const Tensor& logits, const Tensor& y) {
-  check_logits(logits);
-  check_logits(glogits);
-  FASTKIT_CHECK(glogits.is_contiguous() && glogits.size(0) == logits.size(0) && glogits.size(1) == logits.size(1),
-                "focus_gates: glogits must be dense and shaped like logits");
-  const Tensor of_gates = contiguous(logits), in = dense("y", y, logits), g = dense("gs", gs, logits);
-  Tensor gy = new_empty(in, {in.size(0), in.size(1)});
-  FocusGates p;
-  p.channels = in.size(1), p.logits = read(of_gates), p.y = read(in), p.gs = read(g);
-  p.glogits = written(glogits), p.gy = written(gy);
-  run(p, in.size(0), focus_gates_kernels().reset_bwd);
-  return gy;
+void focus_gates_reset_bwd_(Tensor& logits, Tensor& gs, const Tensor& y) {
+  Block block(logits);
+  block.call.s = block.of("gs", gs), block.call.y = block.of("y", y);
+  block.run(focus_gates_kernels().reset_bwd);
 }
 
 }  // namespace
@@ -94,7 +78,7 @@ Tensor focus_gates_reset_bwd_(Tensor& glogits, const Tensor& gs, const Tensor& l
 
 STABLE_TORCH_LIBRARY_IMPL(fastkit, CPU, m) {
   m.impl("focus_gates_reset", TORCH_BOX(&fastkit::focus_gates_reset));
-  m.impl("focus_gates_update", TORCH_BOX(&fastkit::focus_gates_update));
-  m.impl("focus_gates_update_bwd", TORCH_BOX(&fastkit::focus_gates_update_bwd));
+  m.impl("focus_gates_update_", TORCH_BOX(&fastkit::focus_gates_update_));
+  m.impl("focus_gates_update_bwd_", TORCH_BOX(&fastkit::focus_gates_update_bwd_));
   m.impl("focus_gates_reset_bwd_", TORCH_BOX(&fastkit::focus_gates_reset_bwd_));
 }

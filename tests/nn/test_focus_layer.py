@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import softmax
 
-from fastkit.nn import FocusLayer
+from fastkit.nn import FocusLayer, PRILoRALinear
 from fastkit.nn.focus_layer import published_filter
 from fastkit.ops import iir_scan
 
@@ -72,6 +72,29 @@ def test_is_the_formula(time, num_heads, causal, position):
         module.bias.data.normal_()
     x = torch.randn(2, time, 6)
     torch.testing.assert_close(module(x), written_out(module, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["query", "key_value", "gates", "reset"])
+def test_what_takes_the_place_of_a_matrix_is_called(name):
+    """An adapter, or a matrix with hooks on it: for the kernel of the gates it is its elements alone."""
+    module, x = layer(), torch.randn(2, 20, 6)
+    expected = module(x)
+    calls = []
+    handle = getattr(module, name).register_forward_hook(lambda *_: calls.append(name))
+    torch.testing.assert_close(module(x), expected)
+    assert calls == [name]
+    handle.remove()
+
+    linear = getattr(module, name)
+    adapted = PRILoRALinear(linear, rank=2)
+    torch.nn.init.normal_(adapted.lora_b)
+    setattr(module, name, adapted)
+    result = module(x)
+    assert (result - expected).abs().max() > 0.01
+    with torch.no_grad():
+        linear.weight += (adapted(torch.eye(6)) - linear(torch.eye(6))).T
+    setattr(module, name, linear)
+    torch.testing.assert_close(module(x), result, rtol=1e-4, atol=1e-5)
 
 
 def test_the_filter_is_set_by_the_global_convolution():

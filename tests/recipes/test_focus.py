@@ -37,7 +37,7 @@ def sizes(arm, **others):
 
 
 def classifier(arm, **others):
-    return SeriesClassifier(**matched(sizes(arm, **others)))
+    return SeriesClassifier(**matched(SeriesClassifier, sizes(arm, **others)))
 
 
 # The models

@@ -14,6 +14,7 @@ from fastkit.nn.adaptive_iir import AdaptiveIIR, Parameterization
 from fastkit.nn.global_conv import GlobalConv
 from fastkit.nn.row_alignment import RowAlignment
 from fastkit.ops.focus_gates import focus_gates
+from fastkit.reference import focus_gates as reference
 
 Position = Literal["relative_bias", "rotary", "none"]
 
@@ -210,7 +211,9 @@ class FocusLayer(nn.Module):
         f = self.filter(x, maxima) if self.filtering == "recurrence" else self._paper_filter(x, maxima)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
         y = self._attend(self.query(x), k, v)
-        return focus_gates(self.gates(f), y, self.reset.weight, residual)
+        if not (_is_plain(self.gates) and _is_plain(self.reset)):  # they are called, with what is on them
+            return reference.mix(self.gates(f), y, self.reset, residual)
+        return focus_gates(f, y, self.gates.weight, self.gates.bias, self.reset.weight, residual)
 
     def _paper_filter(self, x: Tensor, maxima: Tensor | None) -> Tensor:
         a = self.filter.coefficients(x, maxima)  # (B|1, C, K, F, 2)
@@ -267,6 +270,12 @@ class FocusLayer(nn.Module):
             f" attn_chunk={self.attn_chunk}, causal={self.causal},"
             f" position={self.position!r}, filtering={self.filtering!r}"
         )
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether it is its weight and bias, and nothing that was put in its place or around it."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return type(layer) is nn.Linear and not any(getattr(layer, name) for name in hooks)
 
 
 def published_filter(x: Tensor, a: Tensor) -> Tensor:  # (B, C, R), (B|1, C, F, 2) -> (B, C, R)

@@ -17,60 +17,76 @@ from fastkit._dispatch import choose
 from fastkit.reference import focus_gates as reference
 
 KERNELS = {"cpu": (torch.float32,)}
+_BLOCK = 2**18  # elements of f: its logits are three times as large, and stay in a cache
+_NARROW = 64  # of this width or less, logits are computed again as fast as they are written and read
 
 if _native.REASON is None:
     _reset = torch.ops.fastkit.focus_gates_reset.default
-    _update = torch.ops.fastkit.focus_gates_update.default
-    _update_bwd = torch.ops.fastkit.focus_gates_update_bwd.default
+    _update_ = torch.ops.fastkit.focus_gates_update_.default
+    _update_bwd_ = torch.ops.fastkit.focus_gates_update_bwd_.default
     _reset_bwd_ = torch.ops.fastkit.focus_gates_reset_bwd_.default
 
     @torch.library.register_fake("fastkit::focus_gates_reset")
     def _fake_reset(logits: Tensor, y: Tensor) -> Tensor:
-        return y.new_empty(y.shape)
-
-    @torch.library.register_fake("fastkit::focus_gates_update")
-    def _fake_update(logits: Tensor, m: Tensor, residual: Tensor) -> Tensor:
-        return m.new_empty(m.shape)
-
-    @torch.library.register_fake("fastkit::focus_gates_update_bwd")
-    def _fake_update_bwd(go: Tensor, logits: Tensor, m: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.new_empty(logits.shape), m.new_empty(m.shape)
-
-    @torch.library.register_fake("fastkit::focus_gates_reset_bwd_")
-    def _fake_reset_bwd(glogits: Tensor, gs: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-        return y.new_empty(y.shape)
+        return torch.empty_like(y)
 
 
-def focus_gates(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """``o = residual + sigmoid(u) (silu(h + (silu(r) y) weight^T) - residual)``.
+def focus_gates(
+    f: Tensor, y: Tensor, weight: Tensor, bias: Tensor, reset: Tensor, residual: Tensor
+) -> Tensor:
+    """``o = residual + sigmoid(u) (silu(h + (silu(r) y) reset^T) - residual)``, of ``f weight^T + bias``.
 
-    Logits (..., 3 C) of r, u and h, in turn; y and residual (..., C); weight (C, C) -> o (..., C), in the
-    dtype of residual. In float32 on a CPU two passes over memory, and two back; else PyTorch's operations.
-    Keeps its inputs alone for backward.
+    f, y and residual (..., C); weight (3 C, C) and bias (3 C) of r, u and h, in turn; reset (C, C) -> o
+    (..., C), in the dtype of residual. In float32 on a CPU by blocks of rows, so that what is made of the
+    logits is never there whole; else PyTorch's operations. Keeps its inputs for backward, and the logits,
+    which backward computes again where C is at most 64.
 
     Source: Lutati, Zimerman, Wolf, EMNLP 2023, eq. 11-14, with the gates of MEGA.
     """
-    single = all(t.dtype == torch.float32 for t in (logits, y, weight, residual))
-    if not single or autocasts(y) or transforms() or choose("focus_gates", None, y, KERNELS) == "reference":
-        return reference.focus_gates(logits, y, weight, residual)
-    rows = logits.flatten(0, -2), y.flatten(0, -2), weight, residual.flatten(0, -2)
-    if differentiates(*rows):
-        return _FocusGates.apply(*rows).view_as(residual)
-    return _run(*rows).view_as(residual)
+    given = f, y, weight, bias, reset, residual
+    single = all(t.dtype == torch.float32 for t in given)
+    if not single or autocasts(f) or transforms() or choose("focus_gates", None, f, KERNELS) == "reference":
+        return reference.focus_gates(*given)
+    f, y, rows = (t.flatten(0, -2).contiguous() for t in (f, y, residual))
+    given = f, y, weight, bias, reset, rows
+    if differentiates(*given):
+        return _FocusGates.apply(*given)[0].view_as(residual)
+    return _run(*given, keeps=False)[0].view_as(residual)
 
 
-def _run(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return _update(logits, _reset(logits, y) @ weight.T, residual)
+def _blocks(f: Tensor) -> list[slice]:
+    if torch.compiler.is_compiling():  # what is compiled has a block, of any number of rows
+        return [slice(None)]
+    step = max(1, _BLOCK // max(1, f.shape[1]))
+    return [slice(begin, begin + step) for begin in range(0, len(f), step)]
+
+
+def _run(
+    f: Tensor, y: Tensor, weight: Tensor, bias: Tensor, reset: Tensor, residual: Tensor, *, keeps: bool
+) -> tuple[Tensor, Tensor]:
+    """The result; and the logits, or of them no row."""
+    o = torch.empty_like(residual)
+    kept = f.new_empty(len(f) if keeps else 0, len(weight))
+    for rows in _blocks(f):
+        logits = torch.addmm(bias, f[rows], weight.T)
+        if keeps:
+            kept[rows] = logits
+        m = torch.mm(_reset(logits, y[rows]), reset.T, out=o[rows])
+        _update_(m, logits, residual[rows])
+    return o, kept
 
 
 class _FocusGates(Function):
     @staticmethod
-    def forward(logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        return _run(logits, y, weight, residual)
+    def forward(
+        f: Tensor, y: Tensor, weight: Tensor, bias: Tensor, reset: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _run(f, y, weight, bias, reset, residual, keeps=f.shape[1] > _NARROW)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], *inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -80,15 +96,31 @@ class _FocusGates(Function):
 class _Gradients(Function):
     @staticmethod
     def forward(
-        go: Tensor, logits: Tensor, y: Tensor, weight: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s = _reset(logits, y)
-        glogits, gresidual = _update_bwd(go, logits, s @ weight.T, residual)
-        gm = glogits[:, 2 * y.shape[1] :]  # what m is added to has the same gradient
-        gweight = gm.T @ s
-        del s  # the room for what follows
-        gy = _reset_bwd_(glogits, gm @ weight, logits, y)
-        return glogits, gy, gweight, gresidual
+        go: Tensor,
+        kept: Tensor,
+        f: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        reset: Tensor,
+        residual: Tensor,
+    ) -> tuple[Tensor, ...]:
+        go = go.contiguous()
+        gf, gy, gresidual = (torch.empty_like(t) for t in (f, y, residual))
+        gweight, gbias, greset = (torch.zeros_like(t) for t in (weight, bias, reset))
+        for rows in _blocks(f):
+            # Of them u, h and then r become their gradients.
+            logits = kept[rows].clone() if len(kept) else torch.addmm(bias, f[rows], weight.T)
+            s = _reset(logits, y[rows])
+            m = torch.mm(s, reset.T, out=gresidual[rows])
+            _update_bwd_(logits, m, residual[rows], go[rows])
+            gm = logits[:, 2 * y.shape[1] :]  # what m is added to has the same gradient
+            greset.addmm_(gm.T, s)
+            _reset_bwd_(logits, torch.mm(gm, reset, out=gy[rows]), y[rows])
+            gweight.addmm_(logits.T, f[rows])
+            gbias += logits.sum(0)
+            torch.mm(logits, weight, out=gf[rows])
+        return gf, gy, gweight, gbias, greset, gresidual
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -99,6 +131,7 @@ class _Gradients(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """By PyTorch, of the gradient of the reference."""
         with torch.enable_grad():
-            go, *inputs = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+            go, _, *inputs = (t.detach().requires_grad_() for t in ctx.saved_tensors)
             first = torch.autograd.grad(reference.focus_gates(*inputs), inputs, go, create_graph=True)
-            return torch.autograd.grad(first, (go, *inputs), grad_outputs, allow_unused=True)
+            ggo, *grads = torch.autograd.grad(first, (go, *inputs), grad_outputs, allow_unused=True)
+            return ggo, None, *grads

@@ -216,7 +216,7 @@ def _row(
             "parameterization": choice.parameterization or "sigmoid",
             **{key: config[key] for key in _SIZES},
         }
-        model = SeriesClassifier(**matched(sizes))
+        model = SeriesClassifier(**matched(SeriesClassifier, sizes))
         return Training(model, train, held_out, classes, lr=choice.lr, epochs=epochs, batch=config["batch"])
 
     test = table == "test"

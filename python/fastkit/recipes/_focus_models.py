@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from fastkit.nn.adaptive_iir import Parameterization
 
-ArmName = Literal["focus", "constant", "transformer"]
-ARMS: tuple[ArmName, ...] = ("focus", "constant", "transformer")
+ArmName = Literal["focus", "constant", "transformer", "full"]
+ARMS: tuple[ArmName, ...] = ("focus", "constant", "transformer")  # full: of a LanguageModel alone
 POOL = 8  # cells of a bin
 
 
@@ -114,7 +114,12 @@ class SeriesClassifier(nn.Module):
             )
             self.score = nn.Linear(hidden_size, classes)
         else:
-            self.body = _focus(self.config)
+            from fastkit.methods.focus import FocusForSequenceClassification
+
+            self.body = FocusForSequenceClassification(
+                _focus_config(self.config, vocab_size=1, num_labels=classes)
+            )
+            self.body.get_input_embeddings().requires_grad_(False)  # series are no tokens: nothing reads them
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # (B, T, C), (B,) -> (B, classes)
         inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
@@ -127,27 +132,78 @@ class SeriesClassifier(nn.Module):
         return self.score(mean)
 
 
-def _focus(config: Mapping[str, Any]) -> nn.Module:
-    from fastkit.methods.focus import FocusConfig, FocusForSequenceClassification
+class LanguageModel(nn.Module):
+    """Logits of the next token, from an arm's layers; its embeddings are those of the tokens to come, too.
 
-    body = FocusForSequenceClassification(
-        FocusConfig(
-            vocab_size=1,
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["layers"],
-            qk_size=-(-config["hidden_size"] // 2),
-            attn_chunk=config["attn_chunk"],
-            bin_length=config["bin_length"],
-            pool=POOL,
-            kernel_length=config["kernel_length"],
-            coefficients="adaptive" if config["arm"] == "focus" else "constant",
-            param=config["parameterization"],
-            num_labels=config["classes"],  # pyright: ignore[reportCallIssue]
-        )
+    Args:
+        vocabulary: how many tokens there are.
+        arm: ``"focus"`` or ``"constant"``: a ``FocusForCausalLM`` with adaptive coefficients, or with
+            constant ones and so without the global convolution; ``"transformer"``: a ``ChunkedTransformer``;
+            ``"full"``: one whose only chunk is ``longest``.
+        longest: tokens of the longest row.
+        hidden_size, intermediate_size, layers, attn_chunk: of all arms.
+        bin_length, kernel_length, parameterization: of ``FocusConfig``, where the last is ``param``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        arm: ArmName,
+        longest: int,
+        hidden_size: int,
+        intermediate_size: int,
+        layers: int,
+        attn_chunk: int,
+        bin_length: int,
+        kernel_length: int,
+        parameterization: Parameterization = "sigmoid",
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "vocabulary": vocabulary, "arm": arm, "longest": longest, "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size, "layers": layers, "attn_chunk": attn_chunk,
+            "bin_length": bin_length, "kernel_length": kernel_length, "parameterization": parameterization,
+        }  # fmt: skip
+        self.embedding: nn.Embedding | None = None  # else the body's
+        self.body: nn.Module
+        if arm in ("focus", "constant"):
+            from fastkit.methods.focus import FocusForCausalLM
+
+            self.body = FocusForCausalLM(_focus_config(self.config, vocab_size=vocabulary))
+        else:
+            self.embedding = nn.Embedding(vocabulary, hidden_size)
+            nn.init.normal_(self.embedding.weight, std=0.02)  # as of FocusConfig
+            self.body = ChunkedTransformer(
+                hidden_size,
+                intermediate_size=intermediate_size,
+                layers=layers,
+                attn_chunk=longest if arm == "full" else attn_chunk,
+            )
+
+    def forward(self, tokens: Tensor, last: int = 0) -> Tensor:  # (B, T) -> (B, T, vocabulary)
+        """Of the last so many tokens; 0: of all."""
+        if self.embedding is None:
+            return self.body(tokens, logits_to_keep=last).logits
+        return self.body(self.embedding(tokens))[:, -last:] @ self.embedding.weight.T
+
+
+def _focus_config(config: Mapping[str, Any], **more: Any) -> Any:
+    from fastkit.methods.focus import FocusConfig
+
+    return FocusConfig(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["layers"],
+        qk_size=-(-config["hidden_size"] // 2),
+        attn_chunk=config["attn_chunk"],
+        bin_length=config["bin_length"],
+        pool=POOL,
+        kernel_length=config["kernel_length"],
+        coefficients="adaptive" if config["arm"] == "focus" else "constant",
+        param=config["parameterization"],
+        **more,
     )
-    body.get_input_embeddings().requires_grad_(False)  # series are no tokens: nothing reads them
-    return body
 
 
 def parameters(model: nn.Module) -> int:
@@ -155,7 +211,7 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def matched(config: Mapping[str, Any]) -> dict[str, Any]:
+def matched(model: type[SeriesClassifier | LanguageModel], config: Mapping[str, Any]) -> dict[str, Any]:
     """The config, and the feed-forward width that gives its arm about as many parameters as ``focus`` has.
 
     Those have twice the width of the model.
@@ -163,7 +219,7 @@ def matched(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def count(arm: ArmName, width: int) -> int:
         with torch.device("meta"):
-            return parameters(SeriesClassifier(**{**config, "arm": arm, "intermediate_size": width}))
+            return parameters(model(**{**config, "arm": arm, "intermediate_size": width}))
 
     arm, width = config["arm"], 2 * config["hidden_size"]
     one, two = count(arm, 1), count(arm, 2)

@@ -136,7 +136,7 @@ class _EagerLayer(FocusLayer):
         f = torch.stack(steps(u, torch.zeros_like(u[0]), torch.zeros_like(u[0]), a1, a2), 2).flatten(1, 2)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
         y = self._attend(self.query(x), k, v)
-        return focus_gates.focus_gates(self.gates(f), y, self.reset.weight, residual)
+        return focus_gates.mix(self.gates(f), y, self.reset, residual)
 
 
 class _Head(nn.Module):

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
@@ -64,7 +65,7 @@ class FocusBlock(GradientCheckpointingLayer):
 
 class FocusPreTrainedModel(PreTrainedModel):
     config: FocusConfig
-    config_class: type[FocusConfig] | None = FocusConfig
+    config_class: type[PreTrainedConfig] | None = FocusConfig
     base_model_prefix: str = "model"
     supports_gradient_checkpointing: bool = True
     _no_split_modules = ["FocusBlock"]  # noqa: RUF012  (so PreTrainedModel declares it)
