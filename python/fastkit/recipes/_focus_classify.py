@@ -134,10 +134,10 @@ def main(args: argparse.Namespace) -> int:
     seeds = _options.seeds_of(args, (0, 1, 2))
     config = {
         "task": "classify",
-        "epochs": args.epochs or (2 if args.quick else -(-600 * args.batch // len(series.train.y))),
-        "batch": args.batch,
+        "epochs": args.epochs or (2 if args.quick else -(-600 * (args.batch or 16) // len(series.train.y))),
+        "batch": args.batch or 16,
         "kernel": args.kernel or kernel,
-        "hidden_size": args.hidden_size,
+        "hidden_size": args.hidden_size or 32,
         "layers": args.layers,
         "attn_chunk": args.attn_chunk or chunk,
         "bin_length": chunk,

@@ -173,13 +173,14 @@ class LanguageModel(nn.Module):
             self.body = FocusForCausalLM(_focus_config(self.config, vocab_size=vocabulary))
         else:
             self.embedding = nn.Embedding(vocabulary, hidden_size)
-            nn.init.normal_(self.embedding.weight, std=0.02)  # as of FocusConfig
             self.body = ChunkedTransformer(
                 hidden_size,
                 intermediate_size=intermediate_size,
                 layers=layers,
                 attn_chunk=longest if arm == "full" else attn_chunk,
             )
+            for table in (self.embedding.weight, self.body.positions):  # neither drowns the other
+                nn.init.normal_(table, std=0.02)  # as of FocusConfig
 
     def forward(self, tokens: Tensor, last: int = 0) -> Tensor:  # (B, T) -> (B, T, vocabulary)
         """Of the last so many tokens; 0: of all."""

@@ -1,4 +1,4 @@
-"""Focus models, against the same with constant filters and a transformer that sees the same chunks.
+"""Focus models, against the same with constant filters and transformers.
 
 ``python -m fastkit run focus``; docs/recipes/focus.md tells what it does.
 """
@@ -8,14 +8,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
-from fastkit._command import Refusal, positive, require
-from fastkit.recipes import _focus_classify, _options
+from fastkit._command import Refusal, positive, positive_number, require
+from fastkit.recipes import _focus_classify, _focus_recall, _options
 from fastkit.recipes._focus_classify import load_classifier
 from fastkit.recipes._focus_models import POOL
+from fastkit.recipes._focus_recall import load_language_model
 
-__all__ = ["add_arguments", "load_classifier", "main"]
+__all__ = ["add_arguments", "load_classifier", "load_language_model", "main"]
 
-TASKS: Mapping[str, Callable[[argparse.Namespace], int]] = {"classify": _focus_classify.main}
+TASKS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "classify": _focus_classify.main,
+    "recall": _focus_recall.main,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,42 +30,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=positive,
         metavar="N",
-        help="default: as many as make 600 steps on the training part; with --quick 2",
+        help="default: as many as make 600 steps on the training part; of recall 100; with --quick 2",
     )
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch", type=positive, metavar="N", help="default: 16; of recall 32")
     parser.add_argument(
-        "--hidden-size",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="width of the models; default: %(default)s",
+        "--hidden-size", type=positive, metavar="N", help="width of the models; default: 32; of recall 64"
     )
     parser.add_argument("--layers", type=positive, default=2, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--kernel",
-        type=positive,
-        metavar="N",
-        help="samples that the first layer sees at once; default: 8, of images 1",
-    )
     parser.add_argument(
         "--chunk",
         type=positive,
         metavar="N",
-        help="samples of a bin, which has a set of coefficients; a multiple of 8; default: about a quarter of"
-        " the longest training series, of images whole rows",
+        help="samples, or tokens, of a bin, which has a set of coefficients; a multiple of 8; default: about"
+        " a quarter of the longest training series, of images whole rows; of recall a quarter of a string",
     )
     parser.add_argument(
         "--attn-chunk",
         type=positive,
         metavar="N",
-        help="samples that attend to each other, in all arms; default: that of --chunk",
+        help="those that attend to each other, in all arms; default: that of --chunk; of recall a 32nd of a"
+        " string",
     )
     parser.add_argument(
         "--kernel-length",
         type=positive,
         metavar="N",
-        help="taps of the global convolution; default: the longest training series, 2048 at most",
+        help="taps of the global convolution; default: the longest training series, 2048 at most; of recall a"
+        " string",
     )
+    classify = parser.add_argument_group("task classify")
+    classify.add_argument(
+        "--kernel",
+        type=positive,
+        metavar="N",
+        help="samples that the first layer sees at once; default: 8, of images 1",
+    )
+    recall = parser.add_argument_group("task recall")
+    arms = _focus_recall.ARMS
+    recall.add_argument(
+        "--arms", choices=arms, nargs="+", metavar="ARM", help=f"of {', '.join(arms)}; default: all"
+    )
+    recall.add_argument(
+        "--length",
+        type=positive,
+        metavar="N",
+        help="tokens of a string, a multiple of 32; default: 256; with --quick 64",
+    )
+    recall.add_argument(
+        "--strings",
+        choices=("fixed", "fresh"),
+        default="fixed",
+        help="whether the 2000 to train on are the same in each epoch; default: %(default)s",
+    )
+    recall.add_argument("--lr", type=positive_number, default=1e-4, metavar="X", help="default: %(default)s")
     _options.add_threads(parser, default=1)
 
 
