@@ -1,7 +1,11 @@
 """methods.focus: models of transformers, causal to the last bit, saved, trained, compiled, refused."""
 
 import copy
+import os
+import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +301,38 @@ def test_compile(options):
         loss.backward()
         losses.append(loss.detach())
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None
+    or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="inductor needs a C++ compiler and Python.h",
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_compile_with_inductor():
+    model, tokens = FocusForCausalLM(config(num_hidden_layers=1)), ids(2, 30)
+    results = []
+    for each in (model, torch.compile(copy.deepcopy(model), fullgraph=True)):
+        output = each(tokens, labels=tokens)
+        results.append([output.logits, *torch.autograd.grad(output.loss, tuple(each.parameters()))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_refuses_position_ids_of_a_row(run_script):
+    """In a process of its own, for dynamo keeps what it was at when the model raises."""
+    script = """
+import torch
+from fastkit.methods.focus import FocusConfig, FocusModel
+sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "qk_size": 4}
+model = FocusModel(FocusConfig(**sizes, attn_chunk=8, bin_length=8, kernel_length=8))
+compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+compiled(torch.zeros(1, 10, dtype=torch.long), position_ids=torch.arange(10)[None])
+"""
+    done = run_script(script)
+    assert done.returncode != 0
+    assert "FocusModel: a compiled model cannot read position_ids; give cu_seq_lens_q instead" in done.stderr
 
 
 def test_trainer_learns(tmp_path):

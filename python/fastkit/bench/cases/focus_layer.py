@@ -1,8 +1,9 @@
-"""The shapes of FocusLayer; the contest is in ``focus_layer_heads.py``."""
+"""The shapes of FocusLayer and of its filters; the contests are in ``focus_layer_{heads,filter}.py``."""
 
 from __future__ import annotations
 
 from fastkit.bench.case import Case
+from fastkit.bench.cases import focus_layer_filter as filters
 from fastkit.bench.cases import focus_layer_heads as heads
 
 
@@ -19,6 +20,8 @@ def cases(*, quick: bool = False) -> list[Case]:
         heads.case(8, 1024, 512, num_heads=4),
         heads.case(2, 4096, 512, num_heads=4),
         heads.case(1, 16384, 512, num_heads=4, softmax=False),
+        filters.case(32, 1024, 64, bin_length=256, taps=None),
+        filters.case(32, 1024, 64, bin_length=256, taps=2048),
     ]
 
 

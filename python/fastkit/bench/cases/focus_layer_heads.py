@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastkit.bench.case import Call, Case
-from fastkit.bench.cases.iir_scan_forms import steps
+from fastkit.bench.cases.focus_layer_filter import eager, error, train
 from fastkit.bench.contest import DeviceType, Yardstick
-from fastkit.nn import FocusLayer, GlobalConv
-from fastkit.reference import focus_gates, pooled_conv
+from fastkit.nn import FocusLayer
+from fastkit.reference import focus_gates
 
 SDPA, SOFTMAX = "attention, SDPA", "attention, softmax"
 
@@ -95,7 +95,7 @@ class _Layer:
 
     def call(self, module: nn.Module) -> Call:
         x, go = self.inputs
-        return partial(_train, module, x, go)
+        return partial(train, module, x, go)
 
     def make_head(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
         torch.manual_seed(0)
@@ -103,7 +103,7 @@ class _Layer:
         x, go = self.inputs
 
         def call() -> Yardstick:
-            return Yardstick(_train(head, x, go)[:2], partial(self.error_of_head, head))
+            return Yardstick(train(head, x, go)[:2], partial(self.error_of_head, head))
 
         return call
 
@@ -111,29 +111,24 @@ class _Layer:
         """Of the first row."""
         exact = copy.deepcopy(head).cpu().double()
         x, go = (t.detach()[:1].cpu().double() for t in self.inputs)
-        return _error(_train(exact, x.requires_grad_(), go)[:2], [t[:1] for t in result])
+        return error(train(exact, x.requires_grad_(), go)[:2], [t[:1] for t in result])
 
     def error(self, result: Any) -> float:
         if isinstance(result, Yardstick):
             return result.measure(result.result)
-        return _error(self.expected, result)
+        return error(self.expected, result)
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
         x, go = (t.detach().cpu().double() for t in self.inputs)
-        return _train(self.layer(_EagerLayer).cpu().double(), x.requires_grad_(), go)
+        return train(self.layer(_EagerLayer).cpu().double(), x.requires_grad_(), go)
 
 
 class _EagerLayer(FocusLayer):
-    """The same in PyTorch's operations: FFTs in blocks, and the filters of all bins at once, step by step."""
+    """The same in PyTorch's operations."""
 
     def _mix(self, x: Tensor, maxima: Tensor | None, residual: Tensor) -> Tensor:
-        conv, chunk = self.filter.global_conv, self.filter.chunk
-        assert isinstance(conv, GlobalConv)
-        maxima = pooled_conv.pooled_conv(x, conv.taps(x.dtype), conv.block, self.filter.pool)
-        a1, a2 = self.filter.coefficients(x, maxima)[:, :, :, 0].permute(3, 0, 2, 1).unbind()  # (B, K, C)
-        u = x.unflatten(1, (-1, chunk)).movedim(2, 0)
-        f = torch.stack(steps(u, torch.zeros_like(u[0]), torch.zeros_like(u[0]), a1, a2), 2).flatten(1, 2)
+        f = eager(self.filter, x)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
         y = self._attend(self.query(x), k, v)
         return focus_gates.mix(self.gates(f), y, self.reset, residual)
@@ -164,17 +159,3 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     logits = (q @ k.mT) * q.shape[3] ** -0.5
     return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v
-
-
-def _train(module: nn.Module, x: Tensor, go: Tensor) -> tuple[Tensor, ...]:
-    o = module(x)
-    return o.detach(), *torch.autograd.grad(o, (x, *module.parameters()), go)
-
-
-def _error(expected: Sequence[Tensor], result: Sequence[Tensor]) -> float:
-    """The largest in any result, relative to its largest value."""
-    errors = [
-        (actual.detach().cpu().double() - want).abs().amax() / want.abs().amax()
-        for want, actual in zip(expected, result, strict=True)
-    ]
-    return float(torch.stack(errors).amax())
