@@ -81,4 +81,4 @@ def draw(
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.legend(fontsize="small")
         axes[layer][0].set_ylabel("gain")
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=80)
