@@ -171,7 +171,10 @@ class AdaptiveIIR(nn.Module):
             raise ValueError(
                 f"AdaptiveIIR: x must have shape (B, T, {self.channels}) with T >= 1, got {tuple(x.shape)}"
             )
-        a = self.coefficients(x, maxima)
+        return self.filtered(x, self.coefficients(x, maxima))
+
+    def filtered(self, x: Tensor, a: Tensor) -> Tensor:
+        """x, by coefficients as ``coefficients`` returns them."""
         chunk = None if a.shape[2] == 1 else self.chunk
         return ops.iir_scan(x.transpose(1, 2), a, chunk=chunk, carry=self.carry).transpose(1, 2)
 
@@ -188,19 +191,30 @@ class AdaptiveIIR(nn.Module):
         elif maxima.shape != size:
             raise ValueError(f"AdaptiveIIR: maxima must have shape {size}, got {tuple(maxima.shape)}")
         with without_autocast(x):
-            v = self.mlp(maxima.to(next(self.mlp.parameters()).dtype))
-            a = self._activate(v.unflatten(-1, (self.filters, 2)))
+            a = self.set_by(maxima)
             a = pad(a, (0, 0, 0, 0, 0, 0, 1, 0)).transpose(1, 2)  # one chunk later, after a = 0
             if self.first == "learned":
                 one = self._activate(self.first_logits).unsqueeze(1).expand(len(x), -1, 1, -1, -1)
                 a = torch.cat([one.to(a.dtype), a[:, :, 1:]], 2)
             return a
 
+    def set_by(self, maxima: Tensor) -> Tensor:  # (..., pool) -> (..., F, 2)
+        """The coefficients of the chunk after that of these maxima; autocast is off."""
+        with without_autocast(maxima):
+            v = self.mlp(maxima.to(next(self.mlp.parameters()).dtype))
+            return self._activate(v.unflatten(-1, (self.filters, 2)))
+
     def maxima(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, K - 1, C, pool)
         """What the MLP reads: of each chunk but the last, which sets no other."""
         if isinstance(self.global_conv, GlobalConv):
             return self.global_conv.maxima(x, self.pool)
         return cell_maxima(x if self.global_conv is None else self.global_conv(x), self.chunk, self.pool)
+
+    def last_maxima(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, C, pool)
+        """``maxima`` of a whole chunk, of x up to its end: of all that a ``GlobalConv`` reaches."""
+        if isinstance(self.global_conv, GlobalConv):
+            return self.global_conv.last_maxima(x, self.pool)
+        return x.unflatten(1, (self.pool, -1)).amax(2).mT
 
     def _activate(self, v: Tensor) -> Tensor:
         v = v.to(torch.promote_types(v.dtype, torch.float32))

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from fastkit import ops
 from fastkit._autograd import without_autocast
 from fastkit.nn.adaptive_iir import AdaptiveIIR, Parameterization
+from fastkit.nn.focus_state import FocusState, put_, ring, unrolled
 from fastkit.nn.global_conv import GlobalConv
 from fastkit.nn.row_alignment import RowAlignment
 from fastkit.ops.focus_gates import focus_gates
+from fastkit.reference import IIRState
 from fastkit.reference import focus_gates as reference
 
 Position = Literal["relative_bias", "rotary", "none"]
@@ -207,10 +210,111 @@ class FocusLayer(nn.Module):
         residual = x if residual is None else rows.align(residual)
         return rows.restore(self._mix(x, maxima, residual))
 
+    def forward_with_state(
+        self,
+        x: Tensor,  # (B, T, C)
+        lengths: Tensor,  # (B,)
+        *,
+        maxima: Tensor | None = None,  # (B, K - 1, C, pool)
+        last_maxima: Tensor | None = None,  # (B, C, pool)
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, FocusState]:
+        """The result of rows that begin at their first token, and the state to go on from by ``step``.
+
+        That is the state after the first ``lengths[b]`` tokens of each row; what a row has beyond them is of
+        no meaning. With ``maxima``, ``last_maxima`` are those of the last bin, for rows that end with one.
+        The state has no gradient.
+        """
+        residual = x if residual is None else residual
+        a = self.filter.coefficients(x, maxima)
+        f = self.filter.filtered(x, a)
+        k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
+        o = self._gated(f, self._attend(self.query(x), k, v), residual)
+        with torch.no_grad():
+            history = self.history_size
+            state = FocusState(
+                *self._last_filter(x, a, lengths),
+                ring(k, lengths, self.attn_chunk),
+                ring(v, lengths, self.attn_chunk),
+                ring(x, lengths, history) if history and maxima is None else None,
+            )
+            self._begin_bins(state, lengths, last_maxima)
+        return o, state
+
+    def step(
+        self,
+        x: Tensor,  # (B, C)
+        state: FocusState,
+        places: Tensor,  # (B,)
+        *,
+        maxima: Tensor | None = None,  # (B, C, pool)
+        residual: Tensor | None = None,  # (B, C)
+    ) -> Tensor:  # (B, C)
+        """The result of one more token of each row, which has ``places`` before it; state goes on in place.
+
+        ``maxima``, where ``forward_with_state`` was given some: of the bin that this token ends, for rows in
+        which it ends one. Each step costs the same.
+        """
+        f, end = ops.iir_step(x, state.coefficients, None, IIRState(state.ends, _none_before(x, state)))
+        k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
+        put_(state.keys, k, places)
+        put_(state.values, v, places)
+        o = self._gated(
+            f, self._attend_last(self.query(x), state, places), x if residual is None else residual
+        )
+        state.ends = end.y
+        if state.history is not None:
+            put_(state.history, x, places)
+        self._begin_bins(state, places + 1, maxima)
+        return o
+
+    @property
+    def history_size(self) -> int:
+        """Tokens that set the filter of the bin after them; 0: there are none."""
+        if not self.filter.adaptive:
+            return 0
+        conv = self.filter.global_conv
+        return self.filter.chunk + (conv.length - 1 if isinstance(conv, GlobalConv) else 0)
+
+    def _last_filter(self, x: Tensor, a: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row's last bin with tokens: its coefficients, and where its filters are."""
+        size = self.filter.chunk
+        last = lengths - 1
+        bins = last.div(size, rounding_mode="floor").clamp(min=0)
+        rows = torch.arange(len(x), device=x.device)
+        a = a.expand(len(x), -1, -1, -1, -1)
+        a = a[rows, :, bins.clamp(max=a.shape[2] - 1)].contiguous()
+        places = last[:, None] - torch.arange(
+            size - 1, -1, -1, device=x.device
+        )  # zeros, then the bin's tokens
+        tail = x[rows[:, None], places.clamp(min=0)].where((places >= bins[:, None] * size).unsqueeze(-1), 0)
+        return a, ops.iir_scan_with_state(tail.mT, a.unsqueeze(2), chunk=None)[1].y
+
+    def _begin_bins(self, state: FocusState, lengths: Tensor, maxima: Tensor | None) -> None:
+        """The next bin's filter, of rows whose first ``lengths[b]`` tokens end with a bin."""
+        rows = ((lengths > 0) & (lengths % self.filter.chunk == 0)).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return
+        state.ends[rows] = 0
+        if not self.filter.adaptive:
+            return
+        if state.history is not None:
+            before = unrolled(state.history[rows], lengths[rows])
+            maxima = self.filter.last_maxima(before)
+        elif maxima is not None:
+            maxima = maxima[rows]
+        else:
+            raise ValueError(
+                "FocusLayer: a state without a history must be given maxima; give those of the bin"
+            )
+        state.coefficients[rows] = self.filter.set_by(maxima)
+
     def _mix(self, x: Tensor, maxima: Tensor | None, residual: Tensor) -> Tensor:
         f = self.filter(x, maxima) if self.filtering == "recurrence" else self._paper_filter(x, maxima)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
-        y = self._attend(self.query(x), k, v)
+        return self._gated(f, self._attend(self.query(x), k, v), residual)
+
+    def _gated(self, f: Tensor, y: Tensor, residual: Tensor) -> Tensor:
         if not (_is_plain(self.gates) and _is_plain(self.reset)):  # they are called, with what is on them
             return reference.mix(self.gates(f), y, self.reset, residual)
         return focus_gates(f, y, self.gates.weight, self.gates.bias, self.reset.weight, residual)
@@ -255,6 +359,22 @@ class FocusLayer(nn.Module):
             logits = logits.masked_fill_(hidden, -math.inf)
         return logits.softmax(-1) @ v
 
+    def _attend_last(self, q: Tensor, state: FocusState, places: Tensor) -> Tensor:  # (B, qk_size) -> (B, C)
+        """Of one token, whose key and value are in the state."""
+        M = self.attn_chunk
+        place = places % M
+        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (state.keys, state.values))
+        k, v = heads  # (B, H, M, *)
+        q = q.unflatten(-1, (self.num_heads, 1, -1))  # (B, H, 1, *)
+        if self.position == "rotary":
+            q, k = _turned(q, self.turns[place, None, None]), _turned(k, self.turns)
+        logits = (q * q.shape[3] ** -0.5) @ k.mT
+        distance = place[:, None] - torch.arange(M, device=q.device)  # (B, M)
+        if self.position == "relative_bias":
+            logits = logits + self.bias[:, distance.clamp(min=0)].transpose(0, 1).unsqueeze(2).to(q.dtype)
+        logits = logits.masked_fill((distance < 0)[:, None, None], -math.inf)
+        return (logits.softmax(-1) @ v).flatten(1)
+
     def _biases(self, M: int) -> Tensor:  # (num_heads, M, M)
         """Of the pairs of a chunk: what is added to their logits."""
         if self.causal:  # read backwards from distance M - 1 on, then what is hidden
@@ -270,6 +390,12 @@ class FocusLayer(nn.Module):
             f" attn_chunk={self.attn_chunk}, causal={self.causal},"
             f" position={self.position!r}, filtering={self.filtering!r}"
         )
+
+
+def _none_before(
+    x: Tensor, state: FocusState
+) -> Tensor:  # (B, C, 2): of x, which no filter here looks back at
+    return state.ends.new_zeros(*x.shape, 2)
 
 
 def _is_plain(layer: nn.Linear) -> bool:

@@ -111,6 +111,16 @@ class GlobalConv(nn.Module):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return pooled_conv(x.to(dtype), self.taps(dtype), self.block, pool).to(x.dtype)
 
+    def last_maxima(self, x: Tensor, pool: int) -> Tensor:  # (B, length - 1 + block, C) -> (B, C, pool)
+        """``maxima`` of the last ``block`` results, of as many samples as these depend on."""
+        with without_autocast(x):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            n = x.shape[1]  # what goes around in a circle meets the first length - 1 results alone
+            spectrum = torch.fft.rfft(x.to(dtype).mT) * torch.fft.rfft(self.taps(dtype), n)
+            y = torch.fft.irfft(spectrum, n)[..., -self.block :].to(x.dtype).mT
+        y = y if self.mix is None else glu(self.mix(gelu(y)), -1)
+        return y.unflatten(1, (pool, -1)).amax(2).mT
+
     def taps(self, dtype: torch.dtype) -> Tensor:  # (C, length)
         """h, with d in its first."""
         taps = softshrink(self.kernel.to(dtype), self.squash) * self.window.to(dtype)

@@ -34,6 +34,7 @@ class FocusConfig(PreTrainedConfig):
     """
 
     model_type = "fastkit_focus"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
     vocab_size: int = 256
@@ -65,7 +66,7 @@ class FocusConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
-    use_cache: bool = False
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.classifier_pooling not in ("mean", "last"):

@@ -17,11 +17,17 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+)
 from transformers.utils.generic import can_return_tuple
 
+from fastkit.methods.focus.cache import FocusCache
 from fastkit.methods.focus.config import FocusConfig
 from fastkit.nn import AdaptiveIIR, FocusLayer, GlobalConv
+from fastkit.nn.focus_state import FocusState, put_, ring, unrolled
 from fastkit.nn.row_alignment import RowAlignment
 
 
@@ -62,12 +68,29 @@ class FocusBlock(GradientCheckpointingLayer):
         h = self.layer(self.layer_norm(hidden_states), maxima=maxima, residual=hidden_states)
         return h + self.mlp(self.mlp_norm(h))
 
+    def forward_with_state(
+        self, hidden_states: Tensor, lengths: Tensor, maxima: Tensor | None, last_maxima: Tensor | None
+    ) -> tuple[Tensor, FocusState]:
+        h, state = self.layer.forward_with_state(
+            self.layer_norm(hidden_states),
+            lengths,
+            maxima=maxima,
+            last_maxima=last_maxima,
+            residual=hidden_states,
+        )
+        return h + self.mlp(self.mlp_norm(h)), state
+
+    def step(self, h: Tensor, state: FocusState, places: Tensor, maxima: Tensor | None) -> Tensor:  # (B, C)
+        h = self.layer.step(self.layer_norm(h), state, places, maxima=maxima, residual=h)
+        return h + self.mlp(self.mlp_norm(h))
+
 
 class FocusPreTrainedModel(PreTrainedModel):
     config: FocusConfig
     config_class: type[PreTrainedConfig] | None = FocusConfig
     base_model_prefix: str = "model"
     supports_gradient_checkpointing: bool = True
+    _is_stateful: bool = True  # a cache does not go back to where it was
     _no_split_modules = ["FocusBlock"]  # noqa: RUF012  (so PreTrainedModel declares it)
 
     @torch.no_grad()
@@ -108,32 +131,114 @@ class FocusModel(FocusPreTrainedModel):
         attention_mask: Tensor | None = None,  # (B, T): one run of ones in each row
         position_ids: Tensor | None = None,  # (1, T) of packed sequences: each begins at 0
         inputs_embeds: Tensor | None = None,  # (B, T, C)
+        past_key_values: FocusCache | None = None,  # goes on in place with these tokens
+        use_cache: bool | None = None,  # default: config.use_cache, in eval
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPast:
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("FocusModel: there must be either input_ids or inputs_embeds; give one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
+        if past_key_values is not None and not isinstance(past_key_values, FocusCache):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"FocusModel: past_key_values must be a FocusCache, got {type(past_key_values).__name__};"
+                " give none, and the model makes its own"
+            )
+        if past_key_values is not None and past_key_values.seen:
+            return self._go_on(x, past_key_values, attention_mask, output_hidden_states)
         if attention_mask is not None and _masks_nothing(attention_mask, position_ids, kwargs):
             attention_mask = None
         if attention_mask is not None:
             position_ids = None  # of a padded row they say where it begins, as the mask does
-        rows = RowAlignment.of("FocusModel", x, attention_mask, _offsets(x, position_ids, kwargs))
+        offsets = _offsets(x, position_ids, kwargs)
+        rows = RowAlignment.of("FocusModel", x, attention_mask, offsets)
         h = self.dropout(rows.align(x))
-        maxima = None
-        if self.global_conv is not None and self.conv_norm is not None:
-            maxima = self.global_conv.maxima(self.conv_norm(h), self.config.pool)
+        cache = None
+        if use_cache and offsets is None and self.config.causal and self.config.filtering == "recurrence":
+            cache = FocusCache() if past_key_values is None else past_key_values
+            lengths = (
+                x.new_full((len(x),), x.shape[1]) if attention_mask is None else (attention_mask != 0).sum(1)
+            )
+            cache.places, cache.seen = lengths.long(), x.shape[1]
+        maxima, last_maxima = self._maxima(h, cache)
         states: tuple[Tensor, ...] = ()
         for block in self.layers:
             if output_hidden_states:
                 states = *states, rows.restore(h)
-            h = block(h, maxima)
+            if cache is None:
+                h = block(h, maxima)
+            else:
+                assert isinstance(block, FocusBlock)
+                h, state = block.forward_with_state(h, cache.places, maxima, last_maxima)
+                cache.states.append(state)
         h = rows.restore(self.norm(h))
-        return BaseModelOutput(
-            last_hidden_state=h, hidden_states=(*states, h) if output_hidden_states else None
+        return BaseModelOutputWithPast(
+            last_hidden_state=h,
+            past_key_values=cache,
+            hidden_states=(*states, h) if output_hidden_states else None,
         )
+
+    def _maxima(self, h: Tensor, cache: FocusCache | None) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the convolution that layers share; and of each row's last bin, for the cache."""
+        if self.global_conv is None or self.conv_norm is None:
+            return None, None
+        x = self.conv_norm(h)
+        maxima = self.global_conv.maxima(x, self.config.pool)
+        if cache is None:
+            return maxima, None
+        with torch.no_grad():
+            size = self.global_conv.length - 1 + self.global_conv.block
+            cache.history = ring(x, cache.places, size)
+            last = self.global_conv.last_maxima(unrolled(cache.history, cache.places), self.config.pool)
+        return maxima, last
+
+    def _go_on(
+        self, x: Tensor, cache: FocusCache, attention_mask: Tensor | None, output_hidden_states: bool | None
+    ) -> BaseModelOutputWithPast:
+        """Token by token."""
+        if len(x) != len(cache.places):
+            raise ValueError(
+                f"FocusModel: the rows must be as many as the cache has, {len(cache.places)}, got {len(x)}"
+            )
+        if (
+            attention_mask is not None
+            and x.shape[1] > 1
+            and not bool((attention_mask[:, -x.shape[1] :] != 0).all())
+        ):
+            raise ValueError(
+                "FocusModel: attention_mask must be 1 for tokens that go on from a cache, got padding; give"
+                " rows that are as long"
+            )
+        hidden: list[list[Tensor]] = []
+        for x_t in x.unbind(1):
+            hidden.append(self._step(self.dropout(x_t), cache))
+        by_layer = [torch.stack(h, 1) for h in zip(*hidden, strict=True)]
+        return BaseModelOutputWithPast(
+            last_hidden_state=by_layer[-1],
+            past_key_values=cache,
+            hidden_states=tuple(by_layer) if output_hidden_states else None,
+        )
+
+    def _step(
+        self, h: Tensor, cache: FocusCache
+    ) -> list[Tensor]:  # (B, C) -> before each layer, and at the end
+        maxima = None
+        conv, places = self.global_conv, cache.places
+        if conv is not None and self.conv_norm is not None and cache.history is not None:
+            put_(cache.history, self.conv_norm(h), places)
+            if bool(((places + 1) % conv.block == 0).any()):
+                maxima = conv.last_maxima(unrolled(cache.history, places + 1), self.config.pool)
+        states = []
+        for block, state in zip(self.layers, cache.states, strict=True):
+            assert isinstance(block, FocusBlock)
+            states.append(h)
+            h = block.step(h, state, places, maxima)
+        cache.places, cache.seen = places + 1, cache.seen + 1
+        return [*states, self.norm(h)]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -183,11 +288,14 @@ class FocusForCausalLM(FocusPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: FocusCache | None = None,
         labels: Tensor | None = None,  # (B, T): tokens; -100 is ignored
         logits_to_keep: int | Tensor = 0,  # the last so many, or those at these places; 0: all
         **kwargs: Any,
-    ) -> CausalLMOutput:
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, **kwargs
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -195,7 +303,16 @@ class FocusForCausalLM(FocusPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() would hand one over; the model makes its own
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers; ValueError for the published filter, which sees what is yet to be generated."""
@@ -232,6 +349,7 @@ class FocusForSequenceClassification(FocusPreTrainedModel):
                 "FocusForSequenceClassification: a row must be one sequence, got packed ones; pad them, with"
                 " attention_mask"
             )
+        kwargs["use_cache"] = False
         outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.score(self._pooled(outputs.last_hidden_state, attention_mask))
         loss = None
