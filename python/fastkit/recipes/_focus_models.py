@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastkit.nn.adaptive_iir import Parameterization
+from fastkit.recipes._experiment import read_model, write_checkpoint
 
 ArmName = Literal["focus", "constant", "transformer", "full"]
 ARMS: tuple[ArmName, ...] = ("focus", "constant", "transformer")  # full: of a LanguageModel alone
@@ -189,6 +191,22 @@ class LanguageModel(nn.Module):
         return self.body(self.embedding(tokens))[:, -last:] @ self.embedding.weight.T
 
 
+def save_language_model(path: Path, model: LanguageModel) -> None:
+    """What ``load_language_model`` reads back."""
+    write_checkpoint(path, {"config": model.config, "state_dict": model.state_dict()})
+
+
+def load_language_model(path: Path) -> LanguageModel:
+    """A model from the folder ``models`` of a run."""
+
+    def build(state: dict[str, Any]) -> LanguageModel:
+        model = LanguageModel(**state["config"])
+        model.load_state_dict(state["state_dict"])
+        return model.eval()
+
+    return read_model(path, "focus", build)
+
+
 def _focus_config(config: Mapping[str, Any], **more: Any) -> Any:
     from fastkit.methods.focus import FocusConfig
 
@@ -203,6 +221,7 @@ def _focus_config(config: Mapping[str, Any], **more: Any) -> Any:
         kernel_length=config["kernel_length"],
         coefficients="adaptive" if config["arm"] == "focus" else "constant",
         param=config["parameterization"],
+        use_cache=False,  # nothing is generated here
         **more,
     )
 

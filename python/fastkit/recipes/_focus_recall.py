@@ -16,9 +16,17 @@ from fastkit._command import Refusal
 from fastkit._sync import replace_file
 from fastkit._threads import threads
 from fastkit.recipes import _focus_responses, _options
-from fastkit.recipes._experiment import Run, read_model, write_checkpoint
+from fastkit.recipes._experiment import Run
 from fastkit.recipes._figures import Row, with_spread
-from fastkit.recipes._focus_models import POOL, ArmName, LanguageModel, matched, parameters
+from fastkit.recipes._focus_models import (
+    POOL,
+    ArmName,
+    LanguageModel,
+    load_language_model,
+    matched,
+    parameters,
+    save_language_model,
+)
 
 ARMS: tuple[ArmName, ...] = ("focus", "constant", "transformer", "full")
 KEYS = 15  # and as many values: a vocabulary of 30
@@ -118,7 +126,7 @@ class Training:
         return {"parameters": parameters(self.model)}
 
     def save(self, path: Path) -> None:
-        write_checkpoint(path, {"config": self.model.config, "state_dict": self.model.state_dict()})
+        save_language_model(path, self.model)
 
 
 @torch.no_grad()
@@ -216,14 +224,3 @@ def _table(metrics: Mapping[str, Any]) -> str:
         cells = (with_spread(figures[name][arm], "std") for name in ("accuracy", "accuracy_beyond"))
         lines.append(f"  {arm:13}{'  '.join(cells)}  {metrics['parameters'][arm]:,}")
     return "\n".join(lines)
-
-
-def load_language_model(path: Path) -> LanguageModel:
-    """A model from the folder ``models`` of a run."""
-
-    def build(state: dict[str, Any]) -> LanguageModel:
-        model = LanguageModel(**state["config"])
-        model.load_state_dict(state["state_dict"])
-        return model.eval()
-
-    return read_model(path, "focus", build)

@@ -9,16 +9,16 @@ import argparse
 from collections.abc import Callable, Mapping
 
 from fastkit._command import Refusal, positive, positive_number, require
-from fastkit.recipes import _focus_classify, _focus_recall, _options
+from fastkit.recipes import _focus_classify, _focus_lm, _focus_recall, _options
 from fastkit.recipes._focus_classify import load_classifier
-from fastkit.recipes._focus_models import POOL
-from fastkit.recipes._focus_recall import load_language_model
+from fastkit.recipes._focus_models import POOL, load_language_model
 
 __all__ = ["add_arguments", "load_classifier", "load_language_model", "main"]
 
 TASKS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "classify": _focus_classify.main,
     "recall": _focus_recall.main,
+    "lm": _focus_lm.main,
 }
 
 
@@ -32,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="default: as many as make 600 steps on the training part; of recall 100; with --quick 2",
     )
-    parser.add_argument("--batch", type=positive, metavar="N", help="default: 16; of recall 32")
+    parser.add_argument("--batch", type=positive, metavar="N", help="default: 16; of recall 32; of lm 8")
     parser.add_argument(
-        "--hidden-size", type=positive, metavar="N", help="width of the models; default: 32; of recall 64"
+        "--hidden-size",
+        type=positive,
+        metavar="N",
+        help="width of the models; default: 32; of recall and lm 64",
     )
     parser.add_argument("--layers", type=positive, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -42,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="samples, or tokens, of a bin, which has a set of coefficients; a multiple of 8; default: about"
-        " a quarter of the longest training series, of images whole rows; of recall a quarter of a string",
+        " a quarter of the longest training series, of images whole rows; of recall a quarter of a string; of"
+        " lm 64",
     )
     parser.add_argument(
         "--attn-chunk",
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="taps of the global convolution; default: the longest training series, 2048 at most; of recall a"
-        " string",
+        " string, of lm a window",
     )
     classify = parser.add_argument_group("task classify")
     classify.add_argument(
@@ -65,17 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples that the first layer sees at once; default: 8, of images 1",
     )
-    recall = parser.add_argument_group("task recall")
+    both = parser.add_argument_group("tasks recall and lm")
     arms = _focus_recall.ARMS
-    recall.add_argument(
+    both.add_argument(
         "--arms", choices=arms, nargs="+", metavar="ARM", help=f"of {', '.join(arms)}; default: all"
     )
-    recall.add_argument(
+    both.add_argument(
         "--length",
         type=positive,
         metavar="N",
-        help="tokens of a string, a multiple of 32; default: 256; with --quick 64",
+        help="tokens of a string, a multiple of 32; default: 256; of lm characters of a window; default: 512;"
+        " with --quick 64",
     )
+    recall = parser.add_argument_group("task recall")
     recall.add_argument(
         "--strings",
         choices=("fixed", "fresh"),
@@ -83,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether the 2000 to train on are the same in each epoch; default: %(default)s",
     )
     recall.add_argument("--lr", type=positive_number, default=1e-4, metavar="X", help="default: %(default)s")
+    lm = parser.add_argument_group("task lm")
+    lm.add_argument(
+        "--steps", type=positive, metavar="N", help="default: 1000; with --quick 50; in whole fifties"
+    )
     _options.add_threads(parser, default=1)
 
 
