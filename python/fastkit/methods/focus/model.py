@@ -158,12 +158,12 @@ class FocusModel(FocusPreTrainedModel):
         rows = RowAlignment.of("FocusModel", x, attention_mask, offsets)
         h = self.dropout(rows.align(x))
         cache = None
-        if use_cache and offsets is None and self.config.causal and self.config.filtering == "recurrence":
+        goes_on = self.config.causal and self.config.filtering == "recurrence" and offsets is None
+        if goes_on and (use_cache or past_key_values is not None):
             cache = FocusCache() if past_key_values is None else past_key_values
-            lengths = (
-                x.new_full((len(x),), x.shape[1]) if attention_mask is None else (attention_mask != 0).sum(1)
-            )
-            cache.places, cache.seen = lengths.long(), x.shape[1]
+            cache.reset()
+            tokens = torch.ones(x.shape[:2], device=x.device) if attention_mask is None else attention_mask
+            cache.places = (tokens != 0).sum(1)
         maxima, last_maxima = self._maxima(h, cache)
         states: tuple[Tensor, ...] = ()
         for block in self.layers:
@@ -176,6 +176,8 @@ class FocusModel(FocusPreTrainedModel):
                 h, state = block.forward_with_state(h, cache.places, maxima, last_maxima)
                 cache.states.append(state)
         h = rows.restore(self.norm(h))
+        if cache is not None:
+            cache.seen = x.shape[1]
         return BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
@@ -191,10 +193,14 @@ class FocusModel(FocusPreTrainedModel):
         if cache is None:
             return maxima, None
         with torch.no_grad():
-            size = self.global_conv.length - 1 + self.global_conv.block
-            cache.history = ring(x, cache.places, size)
-            last = self.global_conv.last_maxima(unrolled(cache.history, cache.places), self.config.pool)
-        return maxima, last
+            cache.history = ring(x, cache.places, self.global_conv.length - 1 + self.global_conv.block)
+            return maxima, self._last_maxima(self.global_conv, cache.history, cache.places)
+
+    def _last_maxima(self, conv: GlobalConv, history: Tensor, places: Tensor) -> Tensor | None:
+        """Of the bin that ends before these places, if any does."""
+        if not bool((places % conv.block == 0).any()):
+            return None
+        return conv.last_maxima(unrolled(history, places), self.config.pool)
 
     def _go_on(
         self, x: Tensor, cache: FocusCache, attention_mask: Tensor | None, output_hidden_states: bool | None
@@ -230,8 +236,7 @@ class FocusModel(FocusPreTrainedModel):
         conv, places = self.global_conv, cache.places
         if conv is not None and self.conv_norm is not None and cache.history is not None:
             put_(cache.history, self.conv_norm(h), places)
-            if bool(((places + 1) % conv.block == 0).any()):
-                maxima = conv.last_maxima(unrolled(cache.history, places + 1), self.config.pool)
+            maxima = self._last_maxima(conv, cache.history, places + 1)
         states = []
         for block, state in zip(self.layers, cache.states, strict=True):
             assert isinstance(block, FocusBlock)
