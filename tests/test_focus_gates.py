@@ -88,6 +88,44 @@ def test_second_derivatives(channels):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_third_derivatives():
+    results = []
+    for function, dtype in ((focus_gates, torch.float32), (reference.focus_gates, torch.float64)):
+        given = [t.detach().to(dtype).requires_grad_() for t in inputs((4,), 5, 0.5)]
+        y = function(*given)
+        for _ in range(2):
+            y = sum(g.square().sum() for g in torch.autograd.grad(y.square().sum(), given, create_graph=True))
+        results.append(torch.autograd.grad(y, given))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            ours.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+@pytest.mark.parametrize("channels", [5, 65])
+def test_backward_under_autocast_and_of_many_gradients_at_once(channels):
+    arguments = inputs((6,), channels)
+    cotangents = torch.randn(3, 6, channels)
+    expected = [torch.autograd.grad(focus_gates(*arguments), arguments, go) for go in cotangents]
+    y = focus_gates(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, arguments, cotangents[0], retain_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected[0], strict=True))
+    together = torch.autograd.grad(y, arguments, cotangents, is_grads_batched=True)
+    for one, others in zip(together, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(others), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", range(6))
+def test_what_is_frozen_has_no_gradient(trained):
+    arguments = inputs((7,), 6)
+    expected = torch.autograd.grad(focus_gates(*arguments).sum(), arguments[trained])[0]
+    frozen = [t.detach().requires_grad_(place == trained) for place, t in enumerate(arguments)]
+    focus_gates(*frozen).sum().backward()
+    assert [t.grad is not None for t in frozen] == [place == trained for place in range(6)]
+    torch.testing.assert_close(frozen[trained].grad, expected)
+
+
 def test_strides_and_threads_change_nothing():
     arguments = inputs((40, 20), 24)
     expected = gradients(focus_gates, arguments)

@@ -84,8 +84,18 @@ def test_what_takes_the_place_of_a_matrix_is_called(name):
     torch.testing.assert_close(module(x), expected)
     assert calls == [name]
     handle.remove()
-
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(m))
+    module(x)
+    handle.remove()
+    assert getattr(module, name) in calls
     linear = getattr(module, name)
+    linear.forward = lambda t: (
+        calls.append("wrapped") or type(linear).forward(linear, t)
+    )  # as accelerate does
+    torch.testing.assert_close(module(x), expected)
+    assert calls[-1] == "wrapped"
+    del linear.forward
+
     adapted = PRILoRALinear(linear, rank=2)
     torch.nn.init.normal_(adapted.lora_b)
     setattr(module, name, adapted)

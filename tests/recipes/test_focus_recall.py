@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from fastkit.recipes import _focus_recall
 from fastkit.recipes._experiment import write_checkpoint
 from fastkit.recipes._focus_models import LanguageModel, matched, parameters
 from fastkit.recipes._focus_recall import ARMS, KEYS, predict, probes, strings
-from fastkit.recipes._focus_responses import FREQUENCIES, coefficients, peak_gains, responses
+from fastkit.recipes._focus_responses import coefficients, peak_gains, peaks, responses
 from fastkit.recipes.focus import load_language_model
 
 pytest.importorskip("sklearn")
@@ -130,11 +132,25 @@ def test_training_finds_the_values_of_short_strings(arm):
 def test_responses_are_those_of_scipy():
     signal = pytest.importorskip("scipy.signal")
     a = torch.rand(3, 2, 2, dtype=torch.float64) * 0.9
-    expected = [
-        abs(sum(signal.freqz(1, [1, *f], FREQUENCIES, include_nyquist=True)[1] for f in filters))
-        for filters in a.tolist()
-    ]
-    np.testing.assert_allclose(responses(a).numpy(), np.array(expected), rtol=1e-9)
+    w = torch.linspace(0, math.pi, 65, dtype=torch.float64)
+    expected = [abs(sum(signal.freqz(1, [1, *f], w.numpy())[1] for f in filters)) for filters in a.tolist()]
+    np.testing.assert_allclose(responses(a, w).numpy(), np.array(expected), rtol=1e-9)
+
+
+def test_peaks_are_found_between_all_frequencies():
+    """Of poles next to the unit circle, anywhere on it; of real ones at an end."""
+    w = torch.linspace(0, math.pi, 200_001, dtype=torch.float64)
+    near = 1 - 10.0 ** -torch.arange(1, 6, dtype=torch.float64)
+    sharp = torch.cartesian_prod(torch.tensor([0.0, 0.5, 1.3, -0.7], dtype=torch.float64), near)
+    real = torch.tensor([[0.9, 0.1], [-0.9, 0.0], [0.3, -0.6], [0.0, 0.0]], dtype=torch.float64)
+    for a in torch.cat([sharp, real]):
+        seen = responses(a[None], w).amax()
+        peak = peaks(a[None])
+        assert peak >= seen * (1 - 1e-12)
+        assert peak == pytest.approx(float(seen), rel=1e-6) or 1 - a[1] < 2e-3
+    r = 1 - 1e-5
+    exact = 1 / ((1 - r) * math.sqrt(1 - 0.5**2 / (4 * r)))  # of complex poles, at its own frequency
+    assert float(peaks(torch.tensor([[0.5, r]], dtype=torch.float64))) == pytest.approx(exact, rel=1e-6)
 
 
 def test_coefficients_are_those_that_each_layer_filters_with():
@@ -176,6 +192,12 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    """For what goes on with it."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
 def test_metrics_and_models_agree(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     config, figures = metrics["config"], metrics["figures"]
@@ -197,16 +219,20 @@ def test_metrics_and_models_agree(finished):
         assert [line["arm"] for line in csv.DictReader(file)] == [arm for arm in ARMS for _ in range(2)]
 
 
-def test_it_goes_on_with_other_arms_and_seeds(finished, tmp_path, capsys):
-    before = (finished / "results.jsonl").read_text()
-    arguments = ["run", "focus", *TINY, "--out", str(finished), "--resume", "--arms", "constant"]
+def test_it_goes_on_with_other_arms_and_seeds(copied, capsys):
+    before = (copied / "results.jsonl").read_text()
+    arguments = ["run", "focus", *TINY, "--out", str(copied), "--resume", "--arms", "constant"]
     assert main([*arguments, "--seeds", "0", "1"]) == 0
-    after = (finished / "results.jsonl").read_text()
+    after = (copied / "results.jsonl").read_text()
     assert after.startswith(before) and len(after.splitlines()) == len(ARMS) + 1
     assert "constant" in capsys.readouterr().out
 
 
-def test_fresh_strings_give_other_figures(finished, tmp_path):
+def test_strings_are_fresh_in_each_epoch(finished, tmp_path, monkeypatch):
+    drawn, draw = [], _focus_recall.strings
+    monkeypatch.setattr(
+        _focus_recall, "strings", lambda *args: drawn.append(draw(*args).tokens) or draw(*args)
+    )
     out = tmp_path / "out"
     assert main(["run", "focus", *TINY, "--strings", "fresh", "--arms", "constant", "--out", str(out)]) == 0
     losses = [
@@ -214,6 +240,7 @@ def test_fresh_strings_give_other_figures(finished, tmp_path):
         for folder in (finished, out)
     ]
     assert losses[0] != losses[1]
+    assert len(drawn) == 4 and not torch.equal(drawn[2], drawn[3])  # two epochs, after two that are not used
     assert not (out / "responses.png").exists()
 
 
@@ -221,6 +248,12 @@ def test_fresh_strings_give_other_figures(finished, tmp_path):
     ("options", "message"),
     [
         (["--length", "100"], "--length must be a multiple of 32, got 100; take 128"),
+        (["--batch", "4000"], "--batch must be at most 2000, the strings to train on, got 4000"),
+        (
+            ["--attn-chunk", "4096"],
+            "--attn-chunk must leave arm transformer no more parameters than focus has, got a chunk whose"
+            " positions are more; take a smaller one, or a larger --kernel-length",
+        ),
         (["--data", "."], "--data must be left out with --task recall, which makes strings of its own"),
         (["--chunk", "12"], "--chunk must be a multiple of 8, got 12; take 16"),
     ],

@@ -401,7 +401,13 @@ def _none_before(
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether it is its weight and bias, and nothing that was put in its place or around it."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return type(layer) is nn.Linear and not any(getattr(layer, name) for name in hooks)
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and "forward" not in vars(layer)  # as accelerate wraps it
+        and not any(getattr(layer, name) for name in hooks)
+        and not nn.modules.module._has_any_global_hook()  # pyright: ignore[reportPrivateUsage]
+    )
 
 
 def published_filter(x: Tensor, a: Tensor) -> Tensor:  # (B, C, R), (B|1, C, F, 2) -> (B, C, R)

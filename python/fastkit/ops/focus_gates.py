@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkit import _native
-from fastkit._autograd import Function, autocasts, differentiates, transforms
+from fastkit._autograd import Function, autocasts, differentiates, transforms, without_autocast
 from fastkit._dispatch import choose
 from fastkit.reference import focus_gates as reference
 
@@ -90,7 +89,24 @@ class _FocusGates(Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        return _Gradients.apply(grad_outputs[0], *ctx.saved_tensors)
+        go, (kept, *inputs) = grad_outputs[0], ctx.saved_tensors
+        if _batched(go):
+            return _gradients_of_reference(go, *inputs)
+        return _Gradients.apply(go, kept, *inputs, ctx.needs_input_grad)
+
+
+def _batched(go: Tensor) -> bool:
+    """Whether it is one of many gradients at once, for which the kernels that write in place have no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    return transforms() or torch._C._functorch.is_legacy_batchedtensor(go)  # pyright: ignore
+
+
+def _gradients_of_reference(go: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Differentiable as often as wanted, to the graphs that go and the inputs have."""
+    with torch.enable_grad(), without_autocast(go):
+        inputs = tuple(t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs)
+        return torch.autograd.grad(reference.focus_gates(*inputs), inputs, go, create_graph=True)
 
 
 class _Gradients(Function):
@@ -104,34 +120,48 @@ class _Gradients(Function):
         bias: Tensor,
         reset: Tensor,
         residual: Tensor,
+        needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
+        """Of what needs one; of the others zeros, or what comes on the way."""
+        needs_f, _, needs_weight, needs_bias, needs_reset, _ = needs
         go = go.contiguous()
-        gf, gy, gresidual = (torch.empty_like(t) for t in (f, y, residual))
+        gy, gresidual = torch.empty_like(y), torch.empty_like(residual)
+        gf = torch.empty_like(f) if needs_f else torch.zeros_like(f)
         gweight, gbias, greset = (torch.zeros_like(t) for t in (weight, bias, reset))
-        for rows in _blocks(f):
-            # Of them u, h and then r become their gradients.
-            logits = kept[rows].clone() if len(kept) else torch.addmm(bias, f[rows], weight.T)
-            s = _reset(logits, y[rows])
-            m = torch.mm(s, reset.T, out=gresidual[rows])
-            _update_bwd_(logits, m, residual[rows], go[rows])
-            gm = logits[:, 2 * y.shape[1] :]  # what m is added to has the same gradient
-            greset.addmm_(gm.T, s)
-            _reset_bwd_(logits, torch.mm(gm, reset, out=gy[rows]), y[rows])
-            gweight.addmm_(logits.T, f[rows])
-            gbias += logits.sum(0)
-            torch.mm(logits, weight, out=gf[rows])
+        with without_autocast(f):
+            for rows in _blocks(f):
+                # Of them u, h and then r become their gradients.
+                logits = kept[rows].clone() if len(kept) else torch.addmm(bias, f[rows], weight.T)
+                s = _reset(logits, y[rows])
+                m = torch.mm(s, reset.T, out=gresidual[rows])
+                _update_bwd_(logits, m, residual[rows], go[rows])
+                gm = logits[:, 2 * y.shape[1] :]  # what m is added to has the same gradient
+                if needs_reset:
+                    greset.addmm_(gm.T, s)
+                _reset_bwd_(logits, torch.mm(gm, reset, out=gy[rows]), y[rows])
+                if needs_weight:
+                    gweight.addmm_(logits.T, f[rows])
+                if needs_bias:
+                    gbias += logits.sum(0)
+                if needs_f:
+                    torch.mm(logits, weight, out=gf[rows])
         return gf, gy, gweight, gbias, greset, gresidual
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:-1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """By PyTorch, of the gradient of the reference."""
+        again = torch.is_grad_enabled()
+        go, _, *inputs = ctx.saved_tensors
         with torch.enable_grad():
-            go, _, *inputs = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-            first = torch.autograd.grad(reference.focus_gates(*inputs), inputs, go, create_graph=True)
-            ggo, *grads = torch.autograd.grad(first, (go, *inputs), grad_outputs, allow_unused=True)
-            return ggo, None, *grads
+            go, *inputs = (
+                t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (go, *inputs)
+            )
+            first = _gradients_of_reference(go, *inputs)
+            second = torch.autograd.grad(
+                first, (go, *inputs), grad_outputs, allow_unused=True, create_graph=again
+            )
+        return second[0], None, *second[1:], None

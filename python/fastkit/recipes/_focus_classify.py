@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
         "kernel": args.kernel or kernel,
         "hidden_size": args.hidden_size or 32,
         "layers": args.layers,
-        "attn_chunk": args.attn_chunk or chunk,
+        "attn_chunk": args.attn_chunk or min(chunk, 2048),
         "bin_length": chunk,
         "pool": POOL,
         "kernel_length": args.kernel_length or min(2048, series.train.x.shape[2]),
@@ -150,6 +150,8 @@ def main(args: argparse.Namespace) -> int:
         "config": config, "data": series.facts(), "packages": ["scikit-learn", "transformers"],
     }  # fmt: skip
     test = Parts(samples(series.train), samples(series.test))
+    for arm in ARMS:  # before anything is trained
+        _model(config, arm, test, series.classes)
     tables = {"validation": validation(test.train), "test": test}
     with threads(args.threads), Run("focus", args.out, resume=args.resume, **options) as run:
         chosen, selection = _choose(run, tables, series.classes, _choices(args.quick))
@@ -209,19 +211,30 @@ def _row(
     epochs = config["epochs"]
 
     def begin() -> Training:
-        sizes = {
-            "inputs": train.x.shape[2],
-            "classes": len(classes),
-            "arm": arm,
-            "parameterization": choice.parameterization or "sigmoid",
-            **{key: config[key] for key in _SIZES},
-        }
-        model = SeriesClassifier(**matched(SeriesClassifier, sizes))
+        model = SeriesClassifier(**_model(config, arm, tables[table], classes, choice.parameterization))
         return Training(model, train, held_out, classes, lr=choice.lr, epochs=epochs, batch=config["batch"])
 
     test = table == "test"
     name = arm if test else f"{arm},{choice}"
     return run.row(table, name, seed, begin, stretches=epochs, keeps_model=test)
+
+
+def _model(
+    config: Mapping[str, Any],
+    arm: ArmName,
+    parts: Parts,
+    classes: Sequence[str],
+    parameterization: Parameterization | None = None,
+) -> dict[str, Any]:
+    """The config of an arm's SeriesClassifier."""
+    sizes = {
+        "inputs": parts.train.x.shape[2],
+        "classes": len(classes),
+        "arm": arm,
+        "parameterization": parameterization or "sigmoid",
+        **{key: config[key] for key in _SIZES},
+    }
+    return matched(SeriesClassifier, sizes)
 
 
 def _plain_baselines(series: Series) -> dict[str, dict[str, float]]:

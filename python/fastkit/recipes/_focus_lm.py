@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
     config = {
         "task": "lm", "steps": steps, "batch": args.batch or 8, "rates": rates, "pool": POOL, **sizes,
     }  # fmt: skip
+    models = {arm: matched(LanguageModel, {**sizes, "arm": arm}) for arm in arms}
     with (
         threads(args.threads),
         Run(
@@ -123,7 +124,7 @@ def main(args: argparse.Namespace) -> int:
 
         def bits(table: str, arm: ArmName, lr: float, seed: int) -> float:
             def begin() -> Training:
-                model = LanguageModel(**matched(LanguageModel, {**sizes, "arm": arm}))
+                model = LanguageModel(**models[arm])
                 held_out = text.valid if table == "valid" else text.test
                 return Training(model, text.train, held_out, lr=lr, steps=steps, batch=config["batch"])
 

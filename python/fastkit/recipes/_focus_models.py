@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fastkit._command import Refusal
 from fastkit.nn.adaptive_iir import Parameterization
 from fastkit.recipes._experiment import read_model, write_checkpoint
 
@@ -235,6 +236,9 @@ def matched(model: type[SeriesClassifier | LanguageModel], config: Mapping[str, 
     """The config, and the feed-forward width that gives its arm about as many parameters as ``focus`` has.
 
     Those have twice the width of the model.
+
+    Raises:
+        Refusal: even a width of 1 would be too much.
     """
 
     def count(arm: ArmName, width: int) -> int:
@@ -243,4 +247,10 @@ def matched(model: type[SeriesClassifier | LanguageModel], config: Mapping[str, 
 
     arm, width = config["arm"], 2 * config["hidden_size"]
     one, two = count(arm, 1), count(arm, 2)
-    return {**config, "intermediate_size": 1 + round((count("focus", width) - one) / (two - one))}
+    size = 1 + round((count("focus", width) - one) / (two - one))
+    if size < 1:
+        raise Refusal(
+            f"--attn-chunk must leave arm {arm} no more parameters than focus has, got a chunk whose"
+            " positions are more; take a smaller one, or a larger --kernel-length"
+        )
+    return {**config, "intermediate_size": size}

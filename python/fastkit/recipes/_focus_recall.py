@@ -78,7 +78,7 @@ class Data(NamedTuple):
     train: Strings | None  # None: fresh ones for each epoch
     test: Strings
     length: int
-    nearby: int  # the largest distance within the last token's chunk
+    nearby: int  # the largest distance of a key that is, or whose value is, in the last token's chunk
 
 
 class Training:
@@ -147,6 +147,9 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.data is not None:
         raise Refusal("--data must be left out with --task recall, which makes strings of its own")
+    batch = args.batch or 32
+    if batch > TRAIN:
+        raise Refusal(f"--batch must be at most {TRAIN}, the strings to train on, got {batch}")
     seeds = _options.seeds_of(args, (0, 1, 2))
     arms = args.arms or ARMS
     epochs = args.epochs or (2 if args.quick else 100)
@@ -155,17 +158,18 @@ def main(args: argparse.Namespace) -> int:
         "longest": length,
         "hidden_size": args.hidden_size or 64,
         "layers": args.layers,
-        "attn_chunk": args.attn_chunk or max(1, length // CHUNKS),
+        "attn_chunk": args.attn_chunk or length // CHUNKS,
         "bin_length": args.chunk or length // BINS,
         "kernel_length": args.kernel_length or length,
     }
     config = {
-        "task": "recall", "epochs": epochs, "batch": args.batch or 32, "lr": args.lr, "strings": args.strings,
+        "task": "recall", "epochs": epochs, "batch": batch, "lr": args.lr, "strings": args.strings,
         "train": TRAIN, "test": TEST, "pool": POOL, **sizes,
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     train, test = (strings(count, length, generator) for count in (TRAIN, TEST))
-    nearby = (length - 2) % sizes["attn_chunk"]
+    nearby = (length - 2) % sizes["attn_chunk"] + 1  # of a key whose value is there, if it is not itself
+    models = {arm: matched(LanguageModel, {**sizes, "arm": arm}) for arm in arms}
     data = Data(None if args.strings == "fresh" else train, test, length, nearby)
     facts = {"name": "recall", "nearby": (test.distance <= nearby).double().mean().item()}
     with (
@@ -177,8 +181,7 @@ def main(args: argparse.Namespace) -> int:
         for seed, arm in product(seeds, arms):
 
             def begin(arm: ArmName = arm) -> Training:
-                model = LanguageModel(**matched(LanguageModel, {**sizes, "arm": arm}))
-                return Training(model, data, lr=args.lr, batch=config["batch"])
+                return Training(LanguageModel(**models[arm]), data, lr=args.lr, batch=batch)
 
             run.row("recall", arm, seed, begin, stretches=epochs)
         rows = run.finished("recall", seeds)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fastkit.nn import AdaptiveIIR
 
-FREQUENCIES = 513  # from 0 to half the sampling rate
+FREQUENCIES = 513  # of a drawn response, from 0 to half the sampling rate
 
 
 @torch.no_grad()
 def coefficients(model: nn.Module, tokens: Tensor) -> list[Tensor]:
-    """Of each layer, those (N, C, K, F, 2) with which it filters these rows."""
+    """Of each layer, those (N, C, K, F, 2) with which it filters these rows; N is 1 if they are constant."""
     found: list[Tensor] = []
 
     def note(filter: AdaptiveIIR, args: tuple[Any, ...]) -> None:
@@ -33,18 +33,27 @@ def coefficients(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     return found
 
 
-def responses(a: Tensor) -> Tensor:  # (..., F, 2) -> (..., FREQUENCIES)
-    """``|sum over F of 1 / (1 + a1 z + a2 z^2)|`` at ``z = exp(-i w)``, w from 0 to pi."""
-    w = torch.linspace(0, math.pi, FREQUENCIES, dtype=torch.float64)
-    z = torch.polar(torch.ones_like(w), -w)
+def responses(a: Tensor, w: Tensor) -> Tensor:  # (..., F, 2), (..., N) -> (..., N)
+    """``|sum over F of 1 / (1 + a1 z + a2 z^2)|`` at ``z = exp(-i w)``."""
+    z = torch.polar(torch.ones_like(w), -w).unsqueeze(-2)
     return (1 / (1 + a[..., :1] * z + a[..., 1:] * z.square())).sum(-2).abs()
+
+
+def peaks(a: Tensor) -> Tensor:  # (..., F, 2) -> (...)
+    """The largest response: at one of the two ends, or where a filter with complex poles has its own.
+
+    That is where ``cos w = -a1 (1 + a2) / (4 a2)``; exact for one filter.
+    """
+    a1, a2 = a.unbind(-1)
+    inside = (-a1 * (1 + a2) / (4 * a2)).where(a2 > 0, 0).clamp(-1, 1).acos()
+    ends = torch.tensor([0, math.pi], dtype=a.dtype).expand(*inside.shape[:-1], 2)
+    return responses(a, torch.cat([inside, ends], -1)).amax(-1)
 
 
 def peak_gains(model: nn.Module, tokens: Tensor) -> list[list[float]]:
     """Of each layer and bin the largest response over frequencies; the median over rows and channels."""
     return [
-        responses(a).amax(-1).transpose(0, 1).flatten(0, 1).median(0).values.tolist()
-        for a in coefficients(model, tokens)
+        peaks(a).transpose(0, 1).flatten(0, 1).median(0).values.tolist() for a in coefficients(model, tokens)
     ]
 
 
@@ -65,10 +74,11 @@ def draw(
     layers, columns = len(found[0]), len(found) + 1
     figure = Figure(figsize=(4 * columns, 3.2 * layers), layout="constrained")
     axes = figure.subplots(layers, columns, squeeze=False)
-    frequency = torch.linspace(0, 0.5, FREQUENCIES).numpy()
+    w = torch.linspace(0, math.pi, FREQUENCIES, dtype=torch.float64)
+    frequency = (w / (2 * math.pi)).numpy()
     for layer in range(layers):
         for panel, (place, of_row) in zip(axes[layer], found.items(), strict=False):
-            for number, response in enumerate(responses(of_row[layer])[0].mean(0)):
+            for number, response in enumerate(responses(of_row[layer], w)[0].mean(0)):
                 set_by_key = number == place + 1
                 label = f"bin {number}" + ", set by the key's" * set_by_key
                 panel.semilogy(frequency, response.numpy(), lw=2 if set_by_key else 1, label=label)

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attn-chunk",
         type=positive,
         metavar="N",
-        help="those that attend to each other, in all arms; default: that of --chunk; of recall a 32nd of a"
-        " string",
+        help="those that attend to each other, in all arms; default: that of --chunk, 2048 at most; of recall"
+        " a 32nd of a string",
     )
     parser.add_argument(
         "--kernel-length",
