@@ -85,7 +85,7 @@ def check(call, found, plain):
             assert torch.equal(found.results["indices"] < 0, plain.results["indices"] < 0)
         else:
             expected = expected_csls(*tables, sources=arguments["sources"], neighbors=call["neighbors"])
-            assert_chosen(TopK(**found.results), expected, call["k"])
+            assert_chosen(TopK(**found.results), expected, call["k"], rounded=True)
     else:
         options = {"metric": call["metric"], "key_bias": arguments["key_bias"]}
         expected = expected_scores(*tables, **options)
