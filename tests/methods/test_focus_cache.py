@@ -208,6 +208,8 @@ def test_it_refuses_what_it_cannot_do():
         model(tokens[:, :3], attention_mask=mask, past_key_values=cache)
     with pytest.raises(ValueError, match=r"^FocusModel: the rows must be as many as the cache has, 2, got 3"):
         model(torch.zeros(3, 1).long(), past_key_values=cache)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(tokens[:1], assistant_model=language_model(), max_new_tokens=2)
     with pytest.raises(
         TypeError, match=r"^FocusModel: past_key_values must be a FocusCache, got DynamicCache"
     ):

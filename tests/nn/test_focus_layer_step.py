@@ -92,6 +92,12 @@ def test_maxima_from_elsewhere():
             module.step(x[:, 0], state, torch.tensor([11, 0]))
 
 
+@pytest.mark.parametrize("options", [{"causal": False}, {"filtering": "paper"}])
+def test_what_sees_later_tokens_has_no_state(options):
+    with pytest.raises(ValueError, match=r"^FocusLayer: forward_with_state must have causal=True and filter"):
+        layer(**options).forward_with_state(torch.randn(1, 20, 6), torch.tensor([20]))
+
+
 def test_a_ring_holds_the_last_tokens():
     x = torch.arange(1.0, 21).view(1, 10, 2).repeat(3, 1, 1)
     lengths = torch.tensor([0, 3, 10])

@@ -223,8 +223,13 @@ class FocusLayer(nn.Module):
 
         That is the state after the first ``lengths[b]`` tokens of each row; what a row has beyond them is of
         no meaning. With ``maxima``, ``last_maxima`` are those of the last bin, for rows that end with one.
-        The state has no gradient.
+        The state has no gradient. ValueError, where tokens see later ones.
         """
+        if not self.causal or self.filtering == "paper":
+            raise ValueError(
+                f'FocusLayer: forward_with_state must have causal=True and filtering="recurrence", got'
+                f" {self.causal} and {self.filtering!r}; a token that sees later ones cannot be gone on from"
+            )
         residual = x if residual is None else residual
         a = self.filter.coefficients(x, maxima)
         f = self.filter.filtered(x, a)
@@ -255,7 +260,8 @@ class FocusLayer(nn.Module):
         ``maxima``, where ``forward_with_state`` was given some: of the bin that this token ends, for rows in
         which it ends one. Each step costs the same.
         """
-        f, end = ops.iir_step(x, state.coefficients, None, IIRState(state.ends, _none_before(x, state)))
+        before = IIRState(state.ends, state.ends.new_zeros(*x.shape, 2))  # no filter here looks back at x
+        f, end = ops.iir_step(x, state.coefficients, None, before)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
         put_(state.keys, k, places)
         put_(state.values, v, places)
@@ -284,9 +290,8 @@ class FocusLayer(nn.Module):
         rows = torch.arange(len(x), device=x.device)
         a = a.expand(len(x), -1, -1, -1, -1)
         a = a[rows, :, bins.clamp(max=a.shape[2] - 1)].contiguous()
-        places = last[:, None] - torch.arange(
-            size - 1, -1, -1, device=x.device
-        )  # zeros, then the bin's tokens
+        # A bin of zeros, and in its end the tokens: filters at rest stay there.
+        places = last[:, None] - torch.arange(size - 1, -1, -1, device=x.device)
         tail = x[rows[:, None], places.clamp(min=0)].where((places >= bins[:, None] * size).unsqueeze(-1), 0)
         return a, ops.iir_scan_with_state(tail.mT, a.unsqueeze(2), chunk=None)[1].y
 
@@ -390,12 +395,6 @@ class FocusLayer(nn.Module):
             f" attn_chunk={self.attn_chunk}, causal={self.causal},"
             f" position={self.position!r}, filtering={self.filtering!r}"
         )
-
-
-def _none_before(
-    x: Tensor, state: FocusState
-) -> Tensor:  # (B, C, 2): of x, which no filter here looks back at
-    return state.ends.new_zeros(*x.shape, 2)
 
 
 def _is_plain(layer: nn.Linear) -> bool:

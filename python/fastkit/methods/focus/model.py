@@ -229,9 +229,8 @@ class FocusModel(FocusPreTrainedModel):
             hidden_states=tuple(by_layer) if output_hidden_states else None,
         )
 
-    def _step(
-        self, h: Tensor, cache: FocusCache
-    ) -> list[Tensor]:  # (B, C) -> before each layer, and at the end
+    def _step(self, h: Tensor, cache: FocusCache) -> list[Tensor]:  # (B, C)
+        """What goes into each layer, and what comes out at the end."""
         maxima = None
         conv, places = self.global_conv, cache.places
         if conv is not None and self.conv_norm is not None and cache.history is not None:
