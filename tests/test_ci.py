@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import tomllib
@@ -49,9 +48,13 @@ def test_what_workflows_run_is_there_and_runs_in_every_checkout_too():
 
 
 def test_steps_that_workflows_name_are_those_of_run():
-    named = {word for text in steps("run") if text.startswith(".ci/run ") for word in shlex.split(text)[1:]}
-    (all_,) = re.findall(r"^steps=\((.*)\)$", (CI / "run").read_text(), re.MULTILINE)
-    assert named and named <= set(all_.split())
+    script = (CI / "run").read_text()
+    texts = [text.partition("#")[0] for text in steps("run") if text.startswith(".ci/run ")]
+    named = {name for text in texts for name in re.findall(r"\w+", text.removeprefix(".ci/run"))}
+    (all_,) = re.findall(r"^steps=\((.*)\)$", script, re.MULTILINE)
+    known = set(re.findall(r"^(\w+)\(\) {", script, re.MULTILINE))
+    # All run in a workflow, but for the emulator: there are machines of that processor there.
+    assert set(re.findall(r"\w+", all_)) - {"aarch64"} <= named <= known
 
 
 def test_pythons_are_from_the_oldest_on_that_the_package_takes():
