@@ -98,6 +98,50 @@ def test_what_sees_later_tokens_has_no_state(options):
         layer(**options).forward_with_state(torch.randn(1, 20, 6), torch.tensor([20]))
 
 
+def test_steps_have_no_gradient():
+    module, x = layer(), torch.randn(2, 30, 6)
+    _, state = module.forward_with_state(x, torch.tensor([20, 20]))
+    y = module.step(x[:, 20], state, torch.tensor([20, 20]))
+    assert not any(t.requires_grad for t in (y, *vars(state).values()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": (2, 20, 5)}, r"x must have shape \(B, T, 6\) with T >= 1, got \(2, 20, 5\)"),
+        ({"residual": (1, 20, 6)}, r"residual must have the shape of x, \(2, 20, 6\), got \(1, 20, 6\)"),
+        ({"lengths": [20]}, r"lengths must be int64 of shape \(2,\), .*, got torch.int64 of shape \(1,\)"),
+        ({"lengths": [2.0, 3.0]}, r"lengths must be int64 .*, got torch.float32"),
+        ({"lengths": [2, 21]}, r"lengths must be between 0 and 20, the tokens of x, got 2 to 21"),
+        ({"lengths": [-1, 5]}, r"lengths must be between 0 and 20, the tokens of x, got -1 to 5"),
+    ],
+)
+def test_forward_with_state_refuses(changed, message):
+    given = {"x": (2, 20, 6), "residual": (2, 20, 6), "lengths": [4, 5], **changed}
+    x, residual = torch.randn(given["x"]), torch.randn(given["residual"])
+    with pytest.raises(ValueError, match=f"^FocusLayer: {message}"):
+        layer().forward_with_state(x, torch.tensor(given["lengths"]), residual=residual)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": (1, 6)}, r"x must have shape \(2, 6\), a token of each row of the state, got \(1, 6\)"),
+        ({"x": (2, 1, 6)}, r"x must have shape \(2, 6\), .*, got \(2, 1, 6\)"),
+        ({"residual": (6,)}, r"residual must have shape \(2, 6\), .*, got \(6,\)"),
+        ({"places": 4}, r"places must be int64 of shape \(2,\), .*, got torch.int64 of shape \(\)"),
+        ({"places": [4.0, 5.0]}, r"places must be int64 .*, got torch.float32"),
+    ],
+)
+def test_step_refuses(changed, message):
+    given = {"x": (2, 6), "residual": (2, 6), "places": [4, 5], **changed}
+    module = layer()
+    _, state = module.forward_with_state(torch.randn(2, 20, 6), torch.tensor([4, 5]))
+    x, residual = torch.randn(given["x"]), torch.randn(given["residual"])
+    with pytest.raises(ValueError, match=f"^FocusLayer: {message}"):
+        module.step(x, state, torch.tensor(given["places"]), residual=residual)
+
+
 def test_a_ring_holds_the_last_tokens():
     x = torch.arange(1.0, 21).view(1, 10, 2).repeat(3, 1, 1)
     lengths = torch.tensor([0, 3, 10])

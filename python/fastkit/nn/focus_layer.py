@@ -196,15 +196,7 @@ class FocusLayer(nn.Module):
         meaning. ``cu_seqlens`` (S + 1): x is (1, T, C) and holds S sequences one after another, each with
         bins and chunks of its own, as ``fastkit.ops.iir_scan`` takes them.
         """
-        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.channels:
-            raise ValueError(
-                f"FocusLayer: x must have shape (B, T, {self.channels}) with T >= 1, got {tuple(x.shape)}"
-            )
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(
-                f"FocusLayer: residual must have the shape of x, {tuple(x.shape)},"
-                f" got {tuple(residual.shape)}"
-            )
+        self._check(x, residual)
         rows = RowAlignment.of("FocusLayer", x, padding_mask, cu_seqlens)
         x = rows.align(x)
         residual = x if residual is None else rows.align(residual)
@@ -225,6 +217,13 @@ class FocusLayer(nn.Module):
         no meaning. With ``maxima``, ``last_maxima`` are those of the last bin, for rows that end with one.
         The state has no gradient. ValueError, where tokens see later ones.
         """
+        self._check(x, residual)
+        _check_places("lengths", lengths, len(x))
+        if bool(((lengths < 0) | (lengths > x.shape[1])).any()):
+            raise ValueError(
+                f"FocusLayer: lengths must be between 0 and {x.shape[1]}, the tokens of x, got"
+                f" {lengths.min().item()} to {lengths.max().item()}"
+            )
         if not self.causal or self.filtering == "paper":
             raise ValueError(
                 f'FocusLayer: forward_with_state must have causal=True and filtering="recurrence", got'
@@ -246,6 +245,7 @@ class FocusLayer(nn.Module):
             self._begin_bins(state, lengths, last_maxima)
         return o, state
 
+    @torch.no_grad()
     def step(
         self,
         x: Tensor,  # (B, C)
@@ -258,8 +258,16 @@ class FocusLayer(nn.Module):
         """The result of one more token of each row, which has ``places`` before it; state goes on in place.
 
         ``maxima``, where ``forward_with_state`` was given some: of the bin that this token ends, for rows in
-        which it ends one. Each step costs the same.
+        which it ends one. Each step costs the same. The result has no gradient.
         """
+        rows = (len(state.ends), self.channels)
+        for name, value in {"x": x, "residual": residual}.items():
+            if value is not None and value.shape != rows:
+                raise ValueError(
+                    f"FocusLayer: {name} must have shape {rows}, a token of each row of the state, got"
+                    f" {tuple(value.shape)}"
+                )
+        _check_places("places", places, len(x))
         before = IIRState(state.ends, state.ends.new_zeros(*x.shape, 2))  # no filter here looks back at x
         f, end = ops.iir_step(x, state.coefficients, None, before)
         k, v = self.key_value(f).split([self.qk_size, self.channels], -1)
@@ -273,6 +281,17 @@ class FocusLayer(nn.Module):
             put_(state.history, x, places)
         self._begin_bins(state, places + 1, maxima)
         return o
+
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.channels:
+            raise ValueError(
+                f"FocusLayer: x must have shape (B, T, {self.channels}) with T >= 1, got {tuple(x.shape)}"
+            )
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(
+                f"FocusLayer: residual must have the shape of x, {tuple(x.shape)},"
+                f" got {tuple(residual.shape)}"
+            )
 
     @property
     def history_size(self) -> int:
@@ -394,6 +413,14 @@ class FocusLayer(nn.Module):
             f"{self.channels}, qk_size={self.qk_size}, num_heads={self.num_heads},"
             f" attn_chunk={self.attn_chunk}, causal={self.causal},"
             f" position={self.position!r}, filtering={self.filtering!r}"
+        )
+
+
+def _check_places(name: str, places: Tensor, rows: int) -> None:
+    if places.shape != (rows,) or places.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"FocusLayer: {name} must be int64 of shape ({rows},), a number for each row, got {places.dtype}"
+            f" of shape {tuple(places.shape)}"
         )
 
 
