@@ -1,4 +1,4 @@
-"""nn.FocusLayer on a GPU: as on a CPU, causal to the last bit there too, in half precision, padded."""
+"""nn.FocusLayer on a GPU: as on a CPU, causal to the last bit, token by token, in half precision, padded."""
 
 import copy
 
@@ -49,6 +49,19 @@ def test_causal_to_the_last_bit(options):
         changed = x.clone()
         changed[:, t] += 100.0
         assert torch.equal(layer(changed)[:, :t], y[:, :t])
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_token_by_token(options):
+    """Over the ends of chunks and bins, of rows that are not at the same place."""
+    _, layer = pair(**options)
+    x = torch.randn(2, 100, 32, device="cuda")
+    rows, places = torch.arange(2, device="cuda"), torch.tensor([20, 47], device="cuda")
+    y, state = layer.forward_with_state(x, places)
+    for _ in range(50):
+        step = layer.step(x[rows, places], state, places)
+        torch.testing.assert_close(step, y[rows, places], rtol=1e-4, atol=1e-4)
+        places = places + 1
 
 
 def test_autocast():
