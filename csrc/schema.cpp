@@ -93,6 +93,18 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "pooled_conv_bwd(Tensor gmaxima, Tensor places, Tensor x, Tensor taps, int block, int pool) -> "
       "(Tensor gx, Tensor gtaps)");
 
+  // Of a block of logits (N,c), of classes first .. first + c - 1: folds into state (N,4) of each token the largest z,
+  // the sum of e^(z - that), the z of its target (N), and the sum of class_weight (V) times z where `smooths`;
+  // z = softcap tanh(logit / softcap), or the logit where softcap is 0.
+  m.def(
+      "linear_cross_entropy_sums_(Tensor(a!) state, Tensor logits, Tensor target, int first, float softcap, "
+      "Tensor? class_weight, bool smooths) -> ()");
+  // dz (N,c) = a e^(z - lse) - b [class is the target] - c class_weight, with a, b, c the coefficients (N,3), times the
+  // derivative of z; 0 in rows whose coefficients are. It may be the logits.
+  m.def(
+      "linear_cross_entropy_gradient_(Tensor(a!) dz, Tensor logits, Tensor target, Tensor lse, Tensor coefficients, "
+      "int first, float softcap, Tensor? class_weight) -> ()");
+
   // Count (), float64, mean (D) and scatter (D,D) of the rows of x (N,D), each counted as its weight (N) says.
   m.def("moments_fwd(Tensor x, Tensor? weights) -> (Tensor count, Tensor mean, Tensor scatter)");
 

@@ -576,6 +576,7 @@ def assert_within(got: Tensor, value: Tensor, budget: Tensor, name: str) -> None
 
 def assert_same_finiteness(got: Tensor, value: Tensor, name: str) -> None:
     """Raise unless the elements that are finite are so in both."""
+    got, value = got.detach(), value.detach()
     other = (got.isfinite() != value.isfinite()).nonzero()
     if len(other):
         at = tuple(other[0].tolist())

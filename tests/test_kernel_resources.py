@@ -53,6 +53,8 @@ BYTES: dict[str, str] = {
     "iir_scan_link": "0; 32 a segment",
     "iir_scan_walk": "8",
     "iir_scan_gradients": "16; 20 a piece of a chunk",
+    "linear_cross_entropy_sums": "4",
+    "linear_cross_entropy_gradient": "8",
     "lora_linear_project": "4",
     "lora_linear_gather": "4",
     "lora_linear_expand": "8; 4 if it does not add",

@@ -12,7 +12,16 @@ import torch
 from fastkit import ops
 from fastkit.methods.word_translation.vector_lines import format_rows, parse_lines
 from fastkit.ops.lora_linear import low_rank
-from fastkit.testing import LinearSize, Size, icp, iir_scan, lora_linear, moments, mtadam
+from fastkit.testing import (
+    LinearSize,
+    Size,
+    icp,
+    iir_scan,
+    linear_cross_entropy,
+    lora_linear,
+    moments,
+    mtadam,
+)
 from fastkit.testing.procrustes import log_spaced, with_spectrum
 from fastkit.testing.topk_similarity import make_tables
 
@@ -103,6 +112,33 @@ def run_linear(x, weight, bias, a, b, mask, lora_x, gy):
 
 def expected_linear(*inputs):
     return lora_linear.expected_results(lora_linear.Inputs(*inputs))
+
+
+def of_loss(N, V, D, reduction, **options):
+    """A loss and its gradients, formed in forward where it is one number; and lse."""
+    flags = dict.fromkeys(("linear_bias", "weight", "token_weight", "ignored"), bool(options))
+    options["reduction"] = reduction
+
+    def make(seed):
+        return linear_cross_entropy.make_inputs(N, V, D, reduction=reduction, seed=seed, **flags)
+
+    def run(x, linear_weight, target, linear_bias, weight, token_weight, g_loss, g_lse):
+        leaves = [t.detach().requires_grad_() for t in (x, linear_weight, linear_bias) if t is not None]
+        call = {"linear_bias": leaves[2] if len(leaves) > 2 else None, "weight": weight, "impl": "cpu"}
+        call |= {"token_weight": token_weight, **options}
+        loss = ops.linear_cross_entropy(*leaves[:2], target, **call)
+        gradients = torch.autograd.grad(loss, leaves, g_loss)
+        lse = ops.linear_cross_entropy_with_lse(x, linear_weight, target, **call).lse
+        named = zip(("ginput", "glinear_weight", "glinear_bias"), gradients, strict=False)
+        return {"loss": loss.detach(), "lse": lse.detach(), **dict(named)}
+
+    names = "loss", "lse", "ginput", "glinear_weight", *(["glinear_bias"] if flags["linear_bias"] else [])
+
+    def expected(*inputs):
+        inputs = linear_cross_entropy.Inputs(*inputs)
+        return linear_cross_entropy.expected_results(inputs, options, with_lse=False)
+
+    return Call(make, run, names, expected)  # with products of PyTorch
 
 
 def make_matrices(seed):
@@ -203,6 +239,10 @@ CALLS = {
         run_linear,
         ("y", "square_sum", "gx", "gweight", "gbias", "glora_a", "glora_b"),  # with products of PyTorch
         expected_linear,
+    ),
+    "linear_cross_entropy": of_loss(300, 1500, 40, "mean"),
+    "linear_cross_entropy of each token": of_loss(
+        400, 900, 30, "none", label_smoothing=0.1, softcap=5.0, z_loss=0.01
     ),
     "prune_rows_": Call(make_matrices, run_pruning),
     "column_norms": Call(noise(1500, 90), lambda x: {"norms": ops.column_norms(x, impl="cpu")}),

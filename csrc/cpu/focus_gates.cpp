@@ -2,37 +2,16 @@
 //
 // Parallel   rows.
 // Bytes      per row and channel, of a cache: reset 12, update 20, update_bwd 32, reset_bwd 20.
-// Numerics   float32; sigmoid to some units in the last place, by 2^n and a polynomial of the remainder.
-#include "cpu/simd.h"
+// Numerics   float32; sigmoid to some units in the last place.
+#include "cpu/exponential.h"
 #include "fastkit/focus_gates.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
 
 using V = Vec<float>;
-using N = VectorOf<float>::index;
 
-// e^x for |x| <= 87, beyond that of 87; NaN of NaN.
-FASTKIT_INLINE V exponential(V x) {
-  const V most = broadcast(87.0f), least = broadcast(-87.0f);
-  x = x > most ? most : x;
-  x = x < least ? least : x;
-  const V magic = broadcast(0x1.8p23f);  // added and taken off again, it rounds to an integer
-  const V shifted = fma<float>(x, broadcast(0x1.715476p+0f), magic), n = shifted - magic;
-  V r = fnma<float>(n, broadcast(0x1.62e400p-1f), x);  // ln 2 in two parts, of which the first is short
-  r = fnma<float>(n, broadcast(0x1.7f7d1cp-20f), r);
-  V p = broadcast(1.0f / 5040);
-  p = fma<float>(p, r, broadcast(1.0f / 720));
-  p = fma<float>(p, r, broadcast(1.0f / 120));
-  p = fma<float>(p, r, broadcast(1.0f / 24));
-  p = fma<float>(p, r, broadcast(1.0f / 6));
-  p = fma<float>(p, r, broadcast(0.5f));
-  p = fma<float>(p, r, broadcast(1.0f));
-  p = fma<float>(p, r, broadcast(1.0f));
-  return p * (V)(((N)shifted - (N)magic + 127) << 23);
-}
-
-FASTKIT_INLINE V sigmoid(V x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(-x)); }
+FASTKIT_INLINE V sigmoid(V x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential<float>(-x)); }
 
 // The derivative of silu(x), with s = sigmoid(x).
 FASTKIT_INLINE V silu_slope(V x, V s) { return fma<float>(s * x, broadcast(1.0f) - s, s); }

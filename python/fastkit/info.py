@@ -14,7 +14,16 @@ from fastkit import __version__
 if TYPE_CHECKING:
     from fastkit._dispatch import Kernels
 
-STEMS = ("icp", "iir_scan", "lora_linear", "mtadam", "moments", "procrustes", "topk_similarity")
+STEMS = (
+    "icp",
+    "iir_scan",
+    "linear_cross_entropy",
+    "lora_linear",
+    "mtadam",
+    "moments",
+    "procrustes",
+    "topk_similarity",
+)
 
 
 def available(stem: str) -> dict[str, bool | str]:

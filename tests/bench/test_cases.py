@@ -7,7 +7,15 @@ import torch
 
 from fastkit.bench import cases
 from fastkit.bench.case import Skip
-from fastkit.bench.cases import iir_scan, iir_scan_chunks, moments, procrustes, topk_similarity
+from fastkit.bench.cases import (
+    iir_scan,
+    iir_scan_chunks,
+    linear_cross_entropy,
+    linear_cross_entropy_loss,
+    moments,
+    procrustes,
+    topk_similarity,
+)
 from fastkit.bench.contest import SAME_WORK
 
 
@@ -52,6 +60,18 @@ def test_the_floors_of_what_is_bound_by_arithmetic():
     assert floors["csls_topk", "20000x20000x300"] == (SAME_WORK, 4 * 40000 * 300 + 12 * 20000 * 10)
     assert floors["topk_similarity", "1x200000x300"] == ("", 4 * 200001 * 300 + 120)
     assert {op for op, _ in floors} == {"moments", "polar", "procrustes", "topk_similarity", "csls_topk"}
+
+
+def test_the_floors_of_a_loss_are_its_products():
+    """On a GPU of the output layers of language models."""
+    cases_of = {case.title: case for case in linear_cross_entropy.cases()}
+    assert {case.floor for case in cases_of.values()} == {linear_cross_entropy_loss.PRODUCTS}
+    size = 4 * (2048 + 32000) * 512
+    assert cases_of["linear_cross_entropy 2048x32000x512 fwd+bwd"].floor_bytes == 2 * size + 8 * 2048
+    assert cases_of["linear_cross_entropy 2048x32000x512 fwd"].floor_bytes == size + 8 * 2048
+    assert "linear_cross_entropy 2048x10000x512 all options fwd+bwd" in cases_of
+    shapes = {case.shape for case in linear_cross_entropy.gpu_cases()}
+    assert shapes == {"8192x256000x2304 bf16", "8192x128256x4096 bf16", "8192x50257x768 bf16"}
 
 
 def test_torch_compile_is_skipped_where_it_cannot_compile(tmp_path, monkeypatch):

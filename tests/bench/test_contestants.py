@@ -13,6 +13,7 @@ from fastkit.bench.cases import (
     iir_scan_modes,
     iir_scan_peers,
     iir_scan_step,
+    linear_cross_entropy_loss,
     lora_linear_layer,
     lora_linear_prune,
     moments_covariance,
@@ -40,7 +41,7 @@ def makers_of(contest):
             yield label, make()
         except Skip as skip:
             package = label.split()[0]
-            assert package in (*iir_scan_peers.PACKAGES, "peft", "sklearn", "faiss")
+            assert package in (*iir_scan_peers.PACKAGES, "peft", "sklearn", "faiss", "torch")
             assert str(skip).startswith(f"{package} is ")  # not installed, or made for another torch
 
 
@@ -109,6 +110,37 @@ def test_every_form_of_pruning_agrees_and_a_wrong_one_does_not():
         assert contest.error((mask, norm)) < 1e-6, label
         assert not contest.error((~mask, norm)) <= 1.0
         assert not contest.error((mask, 1.01 * norm)) <= 1e-4
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_form_of_a_loss_agrees_and_a_wrong_one_does_not(backward, everything):
+    case = linear_cross_entropy_loss.case(30, 50, 12, backward=backward, everything=everything, compile=False)
+    assert {"mm, same products"} == case.yardsticks
+    check_every_contestant(case, results=(4 if everything else 3) if backward else 1, tolerance=1e-5)
+
+
+class FakeLiger:
+    """Liger's function by its documented interface: input and weight, and more results than the loss."""
+
+    class LigerFusedLinearCrossEntropyFunction:
+        @staticmethod
+        def apply(x, weight, target):
+            return reference.linear_cross_entropy(x, weight, target), None, None
+
+
+class FakeCce:
+    linear_cross_entropy = staticmethod(reference.linear_cross_entropy)
+
+
+def test_what_peers_of_a_gpu_are_given_is_the_same_loss(monkeypatch):
+    fakes = {"liger_kernel.ops.fused_linear_cross_entropy": FakeLiger, "cut_cross_entropy": FakeCce}
+    monkeypatch.setattr(linear_cross_entropy_loss, "load", fakes.__getitem__)
+    contest = linear_cross_entropy_loss.case(30, 50, 12).contest()
+    for make in (contest.make_liger, contest.make_cce):
+        assert contest.error(make()()) < 1e-5
+    of_gpu = linear_cross_entropy_loss.case(30, 50, 12, device="cuda").contest()
+    assert {"liger_kernel", "cut_cross_entropy", "torch in chunks"} <= {*of_gpu.makers}
 
 
 @pytest.mark.parametrize("weights", [False, True])

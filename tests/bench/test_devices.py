@@ -12,6 +12,7 @@ from fastkit.bench import device, gpu, harness, measure, report
 from fastkit.bench.case import Case, Fault, Skip
 from fastkit.bench.cases import (
     iir_scan_chunks,
+    linear_cross_entropy_loss,
     moments_covariance,
     procrustes_factor,
     topk_similarity_csls,
@@ -232,6 +233,8 @@ def test_every_form_on_a_gpu_agrees(shape):
             5000, 3000, 64, dtype=torch.bfloat16, compile=False, device="cuda"
         ),
         lambda: topk_similarity_csls.case(5000, 3000, 64, compile=False, device="cuda"),
+        lambda: linear_cross_entropy_loss.case(1000, 3000, 64, compile=False, device="cuda"),
+        lambda: linear_cross_entropy_loss.case(1000, 3000, 64, everything=True, compile=False, device="cuda"),
     ],
 )
 def test_what_is_bound_by_arithmetic_agrees_on_a_gpu(make):

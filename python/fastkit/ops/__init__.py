@@ -2,17 +2,19 @@
 
 from fastkit.ops.icp import icp_epoch
 from fastkit.ops.iir_scan import iir_scan, iir_scan_with_state, iir_step, sosfilt
+from fastkit.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_lse
 from fastkit.ops.lora_linear import lora_linear, lora_linear_with_stats
 from fastkit.ops.lora_linear_prune import column_norms, prune_rows_, prune_rows_grouped_
 from fastkit.ops.moments import merge_moments, moments
 from fastkit.ops.mtadam import mtadam_square_sums, mtadam_update_
 from fastkit.ops.procrustes import polar, procrustes
 from fastkit.ops.topk_similarity import csls_topk, topk_similarity
-from fastkit.reference import ICPEpoch, IIRState, LinearWithStats, Moments, TopK
+from fastkit.reference import ICPEpoch, IIRState, LinearCrossEntropy, LinearWithStats, Moments, TopK
 
 __all__ = [
     "ICPEpoch",
     "IIRState",
+    "LinearCrossEntropy",
     "LinearWithStats",
     "Moments",
     "TopK",
@@ -22,6 +24,8 @@ __all__ = [
     "iir_scan",
     "iir_scan_with_state",
     "iir_step",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_lse",
     "lora_linear",
     "lora_linear_with_stats",
     "merge_moments",

@@ -2,6 +2,11 @@
 
 from fastkit.reference.icp import ICPEpoch, icp_epoch
 from fastkit.reference.iir_scan import IIRState, iir_scan, iir_scan_with_state, iir_step, sosfilt
+from fastkit.reference.linear_cross_entropy import (
+    LinearCrossEntropy,
+    linear_cross_entropy,
+    linear_cross_entropy_with_lse,
+)
 from fastkit.reference.lora_linear import (
     LinearWithStats,
     column_norms,
@@ -18,6 +23,7 @@ from fastkit.reference.topk_similarity import TopK, csls_topk, topk_similarity
 __all__ = [
     "ICPEpoch",
     "IIRState",
+    "LinearCrossEntropy",
     "LinearWithStats",
     "Moments",
     "TopK",
@@ -27,6 +33,8 @@ __all__ = [
     "iir_scan",
     "iir_scan_with_state",
     "iir_step",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_lse",
     "lora_linear",
     "lora_linear_with_stats",
     "merge_moments",
