@@ -33,6 +33,7 @@ def brought(run_script, module, first="torch"):
         "fastkit.info",
         "fastkit.methods.prilora",
         "fastkit.methods.prilora.files",
+        "fastkit.methods.tied_embedding",
         "fastkit.integrations",
     ],
 )

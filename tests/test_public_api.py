@@ -22,6 +22,7 @@ from fastkit.methods.prilora import config as prilora_config
 from fastkit.methods.word_translation import settings as word_translation_settings
 from fastkit.methods.word_translation import vectors as word_vectors
 from fastkit.nn.adaptive_iir import Parameterization
+from fastkit.nn.tied_embedding import TieGrad
 from fastkit.ops.mtadam import NonFinite
 from fastkit.ops.topk_similarity import Metric
 from fastkit.optim.mtadam import OnNonFinite
@@ -30,10 +31,18 @@ pytestmark = pytest.mark.native
 
 HERE = Path(__file__).parent
 
-PACKAGES = ("nn", "ops", "optim", "reference", "methods.prilora", "methods.word_translation")
+PACKAGES = (
+    "nn",
+    "ops",
+    "optim",
+    "reference",
+    "methods.prilora",
+    "methods.tied_embedding",
+    "methods.word_translation",
+)
 OF_TRANSFORMERS = ("integrations.transformers", "methods.focus")
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
-ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric}
+ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric, "TieGrad": TieGrad}
 ALIASES |= {
     name: value
     for module in (prilora_config, word_translation_settings, word_vectors)
@@ -51,6 +60,8 @@ STATE_DICTS = [
     "FocusLayer(6, coefficients='constant', position='none')",
     "GlobalConv(6, 3)",
     "PRILoRALinear(torch.nn.Linear(6, 4), 2)",
+    "TiedEmbedding(6, 4)",
+    "TiedEmbedding(6, 4, bias=True, exclude_ids=[1])",
 ]
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from fastkit import info, ops, reference
 from fastkit.methods.prilora import PRILoRA, PRILoRAConfig, apply_prilora
+from fastkit.methods.tied_embedding import tie_embeddings
 from fastkit.methods.word_translation import RowPairs, Vectors, WordTranslator, load_vectors, row_pairs
-from fastkit.nn import AdaptiveIIR, PRILoRALinear
+from fastkit.nn import AdaptiveIIR, PRILoRALinear, TiedEmbedding
 from fastkit.optim import MTAdam
 
 assert_type(info.available("iir_scan"), dict[str, bool | str])
@@ -58,6 +59,10 @@ AdaptiveIIR(4, parameterization="circle")  # pyright: ignore[reportArgumentType]
 low_rank = PRILoRALinear(nn.Linear(4, 4), rank=2)
 assert_type(low_rank.lora_a, nn.Parameter)
 assert_type(low_rank.prune_(0.5), Tensor)
+tied = TiedEmbedding(10, 4, exclude_ids=[0])
+assert_type(tied.loss(tied.embed(torch.arange(3)), torch.arange(3), reduction="none"), Tensor)
+assert_type(tie_embeddings(layer, input="", output=""), AdaptiveIIR)
+TiedEmbedding(10, 4, tie_grad="none")  # pyright: ignore[reportArgumentType]
 
 optimizer = MTAdam(layer.parameters(), lr=1e-3, terms=["one", "two"])
 losses = {"one": y.mean(), "two": None}

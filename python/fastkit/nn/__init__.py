@@ -4,10 +4,12 @@ from fastkit.nn.adaptive_iir import AdaptiveIIR
 from fastkit.nn.focus_layer import FocusLayer
 from fastkit.nn.global_conv import GlobalConv
 from fastkit.nn.prilora_linear import PRILoRALinear
+from fastkit.nn.tied_embedding import TiedEmbedding
 
 __all__ = [
     "AdaptiveIIR",
     "FocusLayer",
     "GlobalConv",
     "PRILoRALinear",
+    "TiedEmbedding",
 ]
