@@ -18,7 +18,10 @@ import torch
 
 from fastkit import info, nn, ops, reference
 from fastkit._dispatch import Impl
+from fastkit.methods import tied_embedding
 from fastkit.methods.prilora import config as prilora_config
+from fastkit.methods.tied_embedding import presets as language_model_presets
+from fastkit.methods.tied_embedding import projection as tied_projection
 from fastkit.methods.word_translation import settings as word_translation_settings
 from fastkit.methods.word_translation import vectors as word_vectors
 from fastkit.nn.adaptive_iir import Parameterization
@@ -45,7 +48,13 @@ ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
 ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric, "TieGrad": TieGrad}
 ALIASES |= {
     name: value
-    for module in (prilora_config, word_translation_settings, word_vectors)
+    for module in (
+        prilora_config,
+        word_translation_settings,
+        word_vectors,
+        tied_projection,
+        language_model_presets,
+    )
     for name, value in vars(module).items()
     if get_origin(value) is Literal
 }
@@ -62,6 +71,11 @@ STATE_DICTS = [
     "PRILoRALinear(torch.nn.Linear(6, 4), 2)",
     "TiedEmbedding(6, 4)",
     "TiedEmbedding(6, 4, bias=True, exclude_ids=[1])",
+]
+STATE_DICTS_OF_METHODS = [
+    "Projection(4)",
+    "TiedLanguageModel(6, 4)",
+    "TiedLanguageModel(6, 4, tie=True, projection=True)",
 ]
 
 
@@ -134,16 +148,17 @@ def exports(name: str) -> list[str]:
     return parts
 
 
-def state_dict(call: str) -> str:
-    state = eval(call, {**vars(nn), "torch": torch}).state_dict()
+def state_dict(call: str, module: ModuleType = nn) -> str:
+    state = eval(call, {**vars(module), "torch": torch}).state_dict()
     keys = [f"    {key} {tuple(tensor.shape)}" for key, tensor in state.items()]
-    return "\n".join([f"state_dict of fastkit.nn.{call}:", *keys])
+    return "\n".join([f"state_dict of {module.__name__}.{call}:", *keys])
 
 
 def native() -> list[str]:
     parts = [described(f"fastkit.info.{f.__name__}", f) for f in (info.available, info.describe, info.report)]
     parts += [f"{alias}: {', '.join(get_args(of))}" for alias, of in ALIASES.items()]
-    return [*parts, *chain.from_iterable(map(exports, PACKAGES)), *map(state_dict, STATE_DICTS)]
+    parts += [*chain.from_iterable(map(exports, PACKAGES)), *map(state_dict, STATE_DICTS)]
+    return [*parts, *(state_dict(call, tied_embedding) for call in STATE_DICTS_OF_METHODS)]
 
 
 def of_transformers() -> list[str]:

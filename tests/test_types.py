@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from fastkit import info, ops, reference
 from fastkit.methods.prilora import PRILoRA, PRILoRAConfig, apply_prilora
-from fastkit.methods.tied_embedding import tie_embeddings
+from fastkit.methods.tied_embedding import (
+    LSTMState,
+    TiedLanguageModel,
+    VariationalDropout,
+    bptt_batches,
+    tie_embeddings,
+    tie_three_way,
+)
 from fastkit.methods.word_translation import RowPairs, Vectors, WordTranslator, load_vectors, row_pairs
 from fastkit.nn import AdaptiveIIR, PRILoRALinear, TiedEmbedding
 from fastkit.optim import MTAdam
@@ -63,6 +70,14 @@ tied = TiedEmbedding(10, 4, exclude_ids=[0])
 assert_type(tied.loss(tied.embed(torch.arange(3)), torch.arange(3), reduction="none"), Tensor)
 assert_type(tie_embeddings(layer, input="", output=""), AdaptiveIIR)
 TiedEmbedding(10, 4, tie_grad="none")  # pyright: ignore[reportArgumentType]
+assert_type(tie_three_way(layer, encoder="", decoder="", output=""), AdaptiveIIR)
+model = TiedLanguageModel.from_preset("small", tie=True, dropout=VariationalDropout(word=0.1))
+assert_type(model, TiedLanguageModel)
+for ids, target in bptt_batches(torch.arange(100), 2, 10):
+    assert_type(model.loss(ids, target), tuple[Tensor, LSTMState])
+assert_type(model.generate(torch.zeros(1, 1, dtype=torch.long), 3), Tensor)
+TiedLanguageModel.from_preset("huge")  # pyright: ignore[reportArgumentType]
+TiedLanguageModel(10, 4, pr_norm="l1")  # pyright: ignore[reportArgumentType]
 
 optimizer = MTAdam(layer.parameters(), lr=1e-3, terms=["one", "two"])
 losses = {"one": y.mean(), "two": None}

@@ -27,9 +27,9 @@ from prilora_folders import (
 )
 from torch import nn
 
+from fastkit.methods._folder import digest
 from fastkit.methods._safetensors import read_tensors, write_tensors
 from fastkit.methods.prilora import PRILoRAConfig, apply_prilora, load_prilora
-from fastkit.methods.prilora.folder import digest
 from fastkit.nn import PRILoRALinear
 
 # PEFT asks a model of transformers for a property that is to go.

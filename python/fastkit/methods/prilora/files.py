@@ -18,10 +18,10 @@ from pathlib import Path
 from torch import nn
 
 from fastkit import __version__
+from fastkit.methods._folder import digest, replace_files, write_json
 from fastkit.methods._safetensors import write_tensors
 from fastkit.methods.prilora import peft_format
 from fastkit.methods.prilora.config import PRILoRAConfig, check_config
-from fastkit.methods.prilora.folder import digest, replace_files, write_json
 from fastkit.methods.prilora.model import PRILoRA, check_model
 from fastkit.methods.prilora.peft_folder import CONFIG, FORMAT, OURS, TENSORS, Contents, Found, match, read
 from fastkit.methods.prilora.peft_format import PREFIX, Adapter

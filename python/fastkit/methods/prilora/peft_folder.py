@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkit.methods._folder import digest, find_file, read_json
 from fastkit.methods._safetensors import read_tensors
 from fastkit.methods.prilora import peft_format
-from fastkit.methods.prilora.folder import digest, find_file, read_json
 from fastkit.methods.prilora.names import nearest
 from fastkit.methods.prilora.peft_format import PREFIX, Adapter
 from fastkit.methods.prilora.state_file import STATE, read_state

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastkit.methods._folder import parse_json
 from fastkit.methods._safetensors import read_tensors, write_tensors
-from fastkit.methods.prilora.folder import parse_json
 
 STATE = "prilora_state.safetensors"  # its name, beside an adapter or a checkpoint of a Trainer
 _KEY = "fastkit.prilora"  # of the metadata, in which safetensors has strings alone

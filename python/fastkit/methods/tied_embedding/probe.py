@@ -17,18 +17,24 @@ _EPS = torch.finfo(torch.float32).eps  # losses are computed in it, and TensorFl
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Generator[None]:
-    """In eval and without autocast; the training mode of each module and the random numbers are put back."""
-    parameter = next(model.parameters())
+def evaluating(model: nn.Module) -> Generator[None]:
+    """In eval; the training mode of each module is put back."""
     training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Generator[None]:
+    """In eval and without autocast; the random numbers are put back too."""
+    parameter = next(model.parameters())
     devices = [parameter.device] if parameter.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), without_autocast(parameter):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, was in training:
-                module.training = was
+    with torch.random.fork_rng(devices), without_autocast(parameter), evaluating(model):
+        yield
 
 
 class Difference(NamedTuple):

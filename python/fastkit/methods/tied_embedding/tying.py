@@ -15,7 +15,7 @@ from fastkit.ops._checks import FLOATING
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_NAMES = "_fastkit_tied"  # an attribute of the model, the names of its two modules: copies keep it
+_TIE = "_fastkit_tied"  # the attribute of a model that says how it is tied: copies keep it
 
 
 class UntiedError(AssertionError):
@@ -29,9 +29,16 @@ class HalfGradientError(UntiedError):
     """They have one matrix, and the gradient of one of them does not reach it."""
 
 
-class _End(NamedTuple):
+class End(NamedTuple):
+    """A module with one of the matrices."""
+
     name: str
     module: Any
+
+
+class _Tie(NamedTuple):
+    names: tuple[str, ...]  # of the embeddings, and last of the output
+    configured: bool  # whether it is transformers that ties them, by the model's configuration
 
 
 def tie_embeddings(model: Model, *, input: str | None = None, output: str | None = None) -> Model:
@@ -46,8 +53,9 @@ def tie_embeddings(model: Model, *, input: str | None = None, output: str | None
             its configuration does not know: ``save_pretrained`` leaves the matrix of the output out, and
             ``from_pretrained`` makes a new one; call ``tie_embeddings`` with the names again.
 
-    The value is that of the embedding; the output keeps its bias. Tie before the optimizer is made, which
-    would go on with a matrix that the model no longer has, and before the model is sharded.
+    The value is that of the embedding; the output keeps its bias. An encoder's embedding is left alone, see
+    ``tie_three_way``. Tie before the optimizer is made, which would go on with a matrix that the model no
+    longer has, and before the model is sharded.
 
     Raises:
         ValueError: the two matrices differ in shape; a name is of no module; an end has no ``weight`` of its
@@ -57,10 +65,11 @@ def tie_embeddings(model: Model, *, input: str | None = None, output: str | None
     Source: Press, Wolf, "Using the Output Embedding to Improve Language Models", EACL 2017.
     """
     op = "tie_embeddings"
-    first, last = _ends(op, model, input, output)
-    _check_same_shape(op, first, last)
-    if first.module is not last.module:  # a TiedEmbedding is tied
-        _tie(op, model, first, last, named=input is not None or hasattr(model, _NAMES))
+    *embeddings, last = _ends(op, model, input, output)
+    for first in embeddings:
+        _check_same_shape(op, first, last)
+    if embeddings[0].module is not last.module:  # a TiedEmbedding is tied
+        _tie(op, model, embeddings, last, named=input is not None)
     return model
 
 
@@ -68,24 +77,36 @@ def retie(model: Model, *, input: str | None = None, output: str | None = None) 
     """Make one parameter of the two matrices again, where the tie was lost; returns the model.
 
     ``to_empty()``, ``set_input_embeddings()`` and the like make two of them. The value is that of the
-    embedding; a tie that was not lost is left as it is. For a model that ``tie_embeddings`` tied by names
-    they need not be given again. An optimizer made before goes on with a matrix that the model no longer has.
+    embedding; a tie that was not lost is left as it is. For a model that ``tie_embeddings`` or
+    ``tie_three_way`` tied by names they need not be given again; after the latter it is of all three
+    matrices, with the value of the decoder's. An optimizer made before goes on with a matrix that the model
+    no longer has.
 
     Raises:
         ValueError: the model is none of those that are tied: call ``tie_embeddings``; else as there.
         TypeError: as ``tie_embeddings``.
     """
     op = "retie"
-    first, last = _ends(op, model, input, output)
-    of_transformers = input is None and not hasattr(model, _NAMES) and first.module is not last.module
-    if of_transformers and not getattr(_config(model), "tie_word_embeddings", False):
+    *embeddings, last = _ends(op, model, input, output)
+    known = input is not None or hasattr(model, _TIE) or embeddings[0].module is last.module
+    if not known and not hasattr(_config(model), "tie_word_embeddings"):
+        raise ValueError(
+            f"retie: {type(model).__name__} must have been tied before, got one that was not; call"
+            " tie_embeddings(model)"
+        )
+    if (
+        _is_configured(model, embeddings, last, input)
+        and not known
+        and not _config(model).tie_word_embeddings
+    ):
         raise ValueError(
             f"retie: {type(model).__name__} must be tied by its configuration, got"
             " config.tie_word_embeddings=False; call tie_embeddings(model)"
         )
-    _check_same_shape(op, first, last)
-    if _weight(op, first) is not _weight(op, last):
-        _tie(op, model, first, last, named=not of_transformers)
+    for first in embeddings:
+        _check_same_shape(op, first, last)
+    if any(weight_of(op, first) is not weight_of(op, last) for first in embeddings):
+        _tie(op, model, embeddings, last, named=input is not None)
     return model
 
 
@@ -96,7 +117,7 @@ def assert_tied(
 
     Args:
         model, input, output: as for ``tie_embeddings``; the two may be one ``TiedEmbedding``, and the model
-            may be one itself.
+            may be one itself. A model that ``tie_three_way`` has tied is looked at in all three places.
         gradient: whether to call both modules, on a token and on a row of small numbers, and differentiate
             what they return. Neither weights change, nor ``.grad``, the state of random numbers, or training
             mode; hooks of the modules and of the parameter are called.
@@ -108,9 +129,13 @@ def assert_tied(
             falls all the same.
         ValueError, TypeError: as ``tie_embeddings``.
     """
-    op = "assert_tied"
-    first, last = _ends(op, model, input, output)
-    weight, other = _weight(op, first), _weight(op, last)
+    *embeddings, last = _ends("assert_tied", model, input, output)
+    for first in embeddings:
+        _check_tie(first, last, gradient)
+
+
+def _check_tie(first: End, last: End, gradient: bool) -> None:
+    weight, other = (weight_of("assert_tied", end) for end in (first, last))
     if weight is not other:
         if _has_values(weight) and _has_values(other) and weight.data_ptr() == other.data_ptr():
             raise HalfGradientError(
@@ -125,7 +150,7 @@ def assert_tied(
 
 
 @torch.inference_mode(False)
-def _check_gradients(first: _End, last: _End, weight: nn.Parameter) -> None:
+def _check_gradients(first: End, last: End, weight: nn.Parameter) -> None:
     tied = isinstance(first.module, TiedEmbedding) and first.module is last.module
     required = weight.requires_grad
     padding = getattr(first.module, "padding_idx", None)
@@ -173,25 +198,64 @@ def _has_values(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and type(tensor.data) is Tensor
 
 
-def _ends(op: str, model: nn.Module, input: str | None, output: str | None) -> tuple[_End, _End]:
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+def check_module(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+
+
+def remember_tie(model: nn.Module, *names: str, configured: bool = False) -> None:
+    """The names of the embeddings and, last, of the output, for ``retie`` and ``assert_tied``."""
+    setattr(model, _TIE, _Tie(names, configured))
+
+
+def _is_configured(model: nn.Module, embeddings: list[End], last: End, input: str | None) -> bool:
+    """Whether the tie is a matter of transformers: of the model's own two ends, unless it was recorded."""
+    tie: _Tie | None = getattr(model, _TIE, None)
+    if input is None and tie is not None:
+        return tie.configured
+    own = _own_ends(model)
+    if own is None or not hasattr(_config(model), "tie_word_embeddings"):
+        return False
+    return own[0] is embeddings[0].module and own[1] is last.module
+
+
+def _tie(op: str, model: nn.Module, embeddings: list[End], last: End, *, named: bool) -> None:
+    if _is_configured(model, embeddings, last, "" if named else None):
+        try:
+            return tie_as_transformers(op, model, embeddings, last)
+        except ValueError:  # it has no account of them: they are tied by their names
+            if not named:
+                raise
+    share(*embeddings, last)
+    remember_tie(model, *(end.name for end in (*embeddings, last)))
+
+
+def _ends(op: str, model: nn.Module, input: str | None, output: str | None) -> list[End]:
+    """The embeddings, of which a three-way tie has two, and last the output."""
+    check_module(op, model)
     if (input is None) != (output is None):
         raise ValueError(f"{op}: input and output must be given both or neither, got {input!r}, {output!r}")
-    if input is None:
-        one = ("", "") if isinstance(model, TiedEmbedding) else (None, None)
-        input, output = getattr(model, _NAMES, one)
     if input is not None and output is not None:
-        return _named(op, model, "input", input), _named(op, model, "output", output)
+        return [named_end(op, model, "input", input), named_end(op, model, "output", output)]
+    tie: _Tie | None = getattr(model, _TIE, None)
+    if tie is not None:
+        arguments = [*("input" for _ in tie.names[1:]), "output"]
+        return [named_end(op, model, *pair) for pair in zip(arguments, tie.names, strict=True)]
+    if isinstance(model, TiedEmbedding):
+        return [End(type(model).__name__, model)] * 2
     found = _own_ends(model)
     if found is None:
         raise ValueError(
             f"{op}: input and output must be named for {type(model).__name__}, which does not know its input"
             " and output embeddings; give the names of the two modules"
         )
+    return ends_of(model, *found)
+
+
+def ends_of(model: nn.Module, *modules: Any) -> list[End]:
+    """With the names that they have in the model."""
     names = {id(module): name for name, module in model.named_modules()}
-    first, last = (_End(names.get(id(module), type(module).__name__), module) for module in found)
-    return first, last
+    return [End(names.get(id(module), type(module).__name__), module) for module in modules]
 
 
 def _own_ends(model: Any) -> tuple[nn.Module, nn.Module] | None:
@@ -203,9 +267,9 @@ def _own_ends(model: Any) -> tuple[nn.Module, nn.Module] | None:
     return found if all(isinstance(module, nn.Module) for module in found) else None
 
 
-def _named(op: str, model: nn.Module, argument: str, name: str) -> _End:
+def named_end(op: str, model: nn.Module, argument: str, name: str) -> End:
     try:
-        return _End(name or type(model).__name__, model.get_submodule(name))
+        return End(name or type(model).__name__, model.get_submodule(name))
     except AttributeError:
         raise ValueError(
             f"{op}: {argument} must be the name of a module of {type(model).__name__}, got {name!r}; see"
@@ -213,7 +277,7 @@ def _named(op: str, model: nn.Module, argument: str, name: str) -> _End:
         ) from None
 
 
-def _weight(op: str, end: _End) -> nn.Parameter:
+def weight_of(op: str, end: End) -> nn.Parameter:
     weight = end.module._parameters.get("weight")
     if weight is None:
         raise ValueError(
@@ -233,8 +297,8 @@ def _weight(op: str, end: _End) -> nn.Parameter:
     return weight
 
 
-def _check_same_shape(op: str, first: _End, last: _End) -> None:
-    sizes = [tuple(_weight(op, end).shape) for end in (first, last)]
+def _check_same_shape(op: str, first: End, last: End) -> None:
+    sizes = [tuple(weight_of(op, end).shape) for end in (first, last)]
     if sizes[0] == sizes[1]:
         return
     cure = "resize one with resize_token_embeddings or by hand"
@@ -246,41 +310,44 @@ def _check_same_shape(op: str, first: _End, last: _End) -> None:
     )
 
 
-def _tie(op: str, model: Any, first: _End, last: _End, *, named: bool) -> None:
-    own = _own_ends(model)
-    own = own is not None and own[0] is first.module and own[1] is last.module
-    if own and _tie_as_transformers(model, first, last):
-        return
-    if not named:
-        raise ValueError(
-            f"{op}: {type(model).__name__} must say how it is tied, got no {last.name}.weight in its"
-            f" _tied_weights_keys; name input={first.name!r}, output={last.name!r} to tie it without its"
-            " configuration, as it will not be saved"
-        )
-    _share(first, last)
-    setattr(model, _NAMES, (first.name, last.name))
-
-
-def _share(first: _End, last: _End) -> None:
-    last.module.weight = first.module.weight
+def share(first: End, *others: End) -> None:
+    for end in others:
+        end.module.weight = first.module.weight
 
 
 def _config(model: Any) -> Any:
     return getattr(model, "config", None)
 
 
-def _tie_as_transformers(model: Any, first: _End, last: _End) -> bool:
-    """By the model's own account of what is tied, which saving and loading go by too; False without one."""
-    if not hasattr(model, "get_expanded_tied_weights_keys"):
-        return False
+def tie_as_transformers(op: str, model: Any, embeddings: list[End], last: End) -> None:
+    """By the model's own account of what is tied, which saving and loading go by too."""
     before = model.config.tie_word_embeddings
     model.config.tie_word_embeddings = True
-    known = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if f"{last.name}.weight" not in known:
+    known: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    *keys, key = (f"{end.name}.weight" for end in (*embeddings, last))
+    root = _root(known, key)
+    three = len(embeddings) > 1
+    missing = [each for each in keys if _root(known, each) != root] if three else [key][key in known :]
+    if missing:
         model.config.tie_word_embeddings = before
-        return False
+        arguments = ("decoder", "encoder", "output") if three else ("input", "output")
+        ends = zip(arguments, (*embeddings, last), strict=True)
+        raise ValueError(
+            f"{op}: {type(model).__name__} must say how it is tied, got no {missing[-1]} in its"
+            f" _tied_weights_keys; name {', '.join(f'{name}={end.name!r}' for name, end in ends)} to tie it"
+            " without its configuration, as it will not be saved"
+        )
+    if three:  # the matrix that the others are tied to may be one beside the three
+        model.get_submodule(root.rpartition(".")[0]).weight = embeddings[0].module.weight
     model.all_tied_weights_keys = known
     model.tie_weights()
-    if last.module.weight is not first.module.weight:  # where its account is of another pair
-        _share(first, last)
-    return True
+    for first in embeddings:
+        if last.module.weight is not first.module.weight:  # where its account is of another pair
+            share(first, last)
+
+
+def _root(known: dict[str, str], key: str) -> str:
+    """What a key is tied to, in the end."""
+    for _ in known:
+        key = known.get(key, key)
+    return key

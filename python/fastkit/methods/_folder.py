@@ -1,7 +1,7 @@
 """A folder of files that is the old one or the whole new one, whenever the process or the machine stops.
 
-    .prilora-writing/   files that are being written; of no meaning to anyone
-    .prilora-new/       by being renamed to this, they are the folder's, and take the place of those in it
+    .fastkit-writing/   files that are being written; of no meaning to anyone
+    .fastkit-new/       by being renamed to this, they are the folder's, and take the place of those in it
 
 What was renamed and not moved yet is read where it is, and moved by the next that writes. A reader that does
 not know of it, as PEFT, must not take half of each: so ``last``, the file without which it does not load, is
@@ -20,7 +20,7 @@ from typing import Any
 
 from fastkit._sync import sync_folder
 
-WRITING, NEW = ".prilora-writing", ".prilora-new"
+WRITING, NEW = ".fastkit-writing", ".fastkit-new"
 _LARGEST_JSON = 64 << 20  # bytes: far beyond any list of layers
 
 
