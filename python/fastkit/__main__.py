@@ -21,6 +21,7 @@ RECIPES = {
     "prilora": "ranks that grow from block to block and pruned adapters, against LoRA and full fine-tuning",
     "word_translation": "two tables of word vectors aligned without a dictionary, and translations by them",
     "mtadam": "MTAdam on losses with wrong weights, against Adam with wrong and right ones and longer steps",
+    "tied_embedding": "language models and translators with tied embeddings, against the same untied",
 }
 
 

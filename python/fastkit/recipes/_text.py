@@ -58,10 +58,11 @@ def load(folder: Path) -> Text:
         Refusal: it is not there, or not as docs/data.md says.
     """
     check_folder(folder, "the folder that holds train.txt, valid.txt and test.txt")
-    return _of(folder.resolve().name, *(_read(folder, part) for part in PARTS))
+    return _of(folder.resolve().name, *(read(folder, part) for part in PARTS))
 
 
-def _read(folder: Path, part: str) -> str:
+def read(folder: Path, part: str) -> str:
+    """``part``.txt of a folder of ``--data``, or ``part``.txt.gz; a Refusal where there is no such text."""
     path, packed = folder / f"{part}.txt", folder / f"{part}.txt.gz"
     if not path.is_file() and not packed.is_file():
         raise Refusal(f"--data must hold {part}.txt or {part}.txt.gz, got neither in {folder}")
