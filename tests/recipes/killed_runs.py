@@ -8,10 +8,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fastkit.__main__ import main
 
@@ -20,6 +22,7 @@ def start(arguments):
     child = os.fork()
     if child == 0:
         code = 70
+        tqdm.set_lock(threading.RLock())  # its own is of all processes, and what holds one may be killed
         try:
             code = main(arguments)
         finally:
