@@ -86,7 +86,6 @@ FASTKIT_INLINE void add_row(const CrossEntropySums<T>& p, const T* row, T m, T& 
     const Vec<T> z = capped<Softcap, T>(last(row + c, left, T(0)), p.softcap);
     const Vec<T> rest = exponential_or_zero<T>(z - shift);
     const Vec<T> wz = z * (weight != nullptr ? last(weight + c, left, T(0)) : one);
-#pragma GCC unroll 1
     for (int i = 0; i < lanes && i < left; ++i) {
       exponentials += rest[i];
       if (smooths) weighted += wz[i];
