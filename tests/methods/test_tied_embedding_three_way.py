@@ -169,6 +169,17 @@ def matrices(model):
     return [*(part.get_input_embeddings().weight for part in parts), model.get_output_embeddings().weight]
 
 
+def test_t5_scales_what_a_tied_output_is_given():
+    """As one that was made tied, with the same weights."""
+    made, tied = t5(tie_word_embeddings=True).eval(), t5(tie_word_embeddings=False).eval()
+    tie_three_way(tied)
+    tied.load_state_dict(made.state_dict())
+    ids = torch.tensor([[3, 5, 2]])
+    with torch.no_grad():
+        logits = [model(input_ids=ids, decoder_input_ids=ids).logits for model in (made, tied)]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("make", [t5, bart, marian])
 def test_a_model_of_transformers_is_tied_saved_and_loaded(tmp_path, make):
     model = make(tie_word_embeddings=False)

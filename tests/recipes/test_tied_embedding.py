@@ -224,6 +224,22 @@ def test_correlations_are_of_ranks_of_cosines():
     assert found["out/tied"] > 0.8 > 0.2 > abs(found["in/tied"])
 
 
+def test_a_model_that_is_nan_has_no_correlations():
+    numbers = torch.arange(5.0)
+    lists = _tied_correlations.Similarities(numbers, -numbers, torch.full((5,), torch.nan))
+    found = _tied_correlations.correlations(lists)
+    assert found == {"in/out": pytest.approx(-1), "in/tied": None, "out/tied": None}
+
+
+def test_too_few_words_for_a_pair_leave_the_table_without_correlations(tmp_path, capsys):
+    options = ["--quick", "--vocabulary", "1", "--arms", "untied", "wt", "--hidden-size", "8"]
+    assert main(["run", "tied_embedding", *options, "--out", str(tmp_path)]) == 0
+    assert (
+        "untied and wt, correlation of similarities: in/out -, in/tied -, out/tied -"
+        in capsys.readouterr().out
+    )
+
+
 def test_pairs_are_of_the_2000_most_frequent_words():
     assert _tied_correlations.pairs(10_000).max() == 2001
     assert len(_tied_correlations.pairs(3)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,15 +47,15 @@ def similarities(untied: TiedLanguageModel, tied: TiedLanguageModel) -> Similari
 
 
 def correlations(lists: Similarities) -> dict[str, float | None]:
-    """Spearman's, of each two lists."""
+    """Spearman's, of each two lists; None where it is no number, as of a model that has become NaN."""
     from scipy.stats import spearmanr
 
     if len(lists.tied) == 0:
         return {"in/out": None, "in/tied": None, "out/tied": None}
 
-    def spearman(one: Tensor, other: Tensor) -> float:
+    def spearman(one: Tensor, other: Tensor) -> float | None:
         found: Any = spearmanr(one.numpy(), other.numpy())
-        return float(found.statistic)
+        return float(found.statistic) if math.isfinite(found.statistic) else None
 
     return {
         "in/out": spearman(lists.input, lists.output),

@@ -224,7 +224,8 @@ def _table(metrics: Mapping[str, Any]) -> str:
         asked = " > ".join(order["asked"])
         lines.append(f"  the paper's order, {asked}: from {order['as_asked']} of {len(order['seeds'])} seeds")
     for pair in next(iter(metrics["correlations"].values()), {}):
-        cells = ", ".join(f"{name} {of[pair]['mean']:.3f}" for name, of in metrics["correlations"].items())
+        means = {name: of[pair]["mean"] for name, of in metrics["correlations"].items()}
+        cells = ", ".join(f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in means.items())
         lines.append(f"  {pair}, correlation of similarities: {cells}")
     return "\n".join(lines)
 

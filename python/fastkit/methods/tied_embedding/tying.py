@@ -339,6 +339,8 @@ def tie_as_transformers(op: str, model: Any, embeddings: list[End], last: End) -
         )
     if three:  # the matrix that the others are tied to may be one beside the three
         model.get_submodule(root.rpartition(".")[0]).weight = embeddings[0].module.weight
+    if hasattr(model.config, "scale_decoder_outputs"):  # of T5, which sets it for one that is made tied
+        model.config.scale_decoder_outputs = True
     model.all_tied_weights_keys = known
     model.tie_weights()
     for first in embeddings:
