@@ -105,8 +105,12 @@ def test_parameters_are_the_papers_and_two_terms_more(preset, tie, projection, p
     assert embeddings + words + lstm + of_projection == paper
     second_bias = 2 * 4 * size  # which the LSTM of torch has
     projection_bias = size if projection else 0  # p_b, which the paper does not count
-    found = sum(parameter.numel() for parameter in model.parameters())
-    assert found == paper + second_bias + projection_bias
+    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    assert sum(count for count, _ in counted) == paper + second_bias + projection_bias
+    assert sum(count for count, trained in counted if trained) == paper + projection_bias
+    with torch.device("meta"):
+        formula = TiedLanguageModel.from_preset(preset, tie=tie, projection=projection, projection_bias=False)
+    assert sum(each.numel() for each in formula.parameters() if each.requires_grad) == paper
 
 
 def test_presets_are_those_of_the_papers_code():
@@ -138,9 +142,21 @@ def test_initialisation_is_uniform_with_no_bias_in_the_layers():
     assert math.isclose(entries.std(), 0.2 / math.sqrt(3), rel_tol=0.01)
 
 
+def test_the_second_bias_of_a_layer_stays_zero():
+    model = TiedLanguageModel(V, H, tie=True)
+    before = model.lstm.bias_ih_l1.detach().clone()
+    model.loss(IDS[:, :-1], IDS[:, 1:])[0].backward()
+    torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1).step()
+    for layer in range(2):
+        bias = model.lstm.get_parameter(f"bias_hh_l{layer}")
+        assert bias.grad is None and not bias.any()
+    assert not torch.equal(model.lstm.bias_ih_l1, before)
+
+
 @pytest.mark.parametrize("tie", [True, False])
-def test_forward_and_loss_are_the_formulas(tie):
-    model = made(tie=tie, projection=True)
+@pytest.mark.parametrize("projection_bias", [True, False])
+def test_forward_and_loss_are_the_formulas(tie, projection_bias):
+    model = made(tie=tie, projection=True, projection_bias=projection_bias)
     ids, target = IDS[:, :-1], IDS[:, 1:]
     h, state = model(ids)
     expected, last = written_out(model, ids)
@@ -148,7 +164,10 @@ def test_forward_and_loss_are_the_formulas(tie):
     close(state.h, last.h)
     close(state.c, last.c)
     s, c = (model.get_output_embeddings().get_parameter(name) for name in ("weight", "bias"))
-    logits = (h @ model.projection.weight.T + model.projection.bias) @ s.T + c
+    projected = h @ model.projection.weight.T
+    if projection_bias:
+        projected = projected + model.projection.bias
+    logits = projected @ s.T + c
     close(model.logits(h), logits)
     flat = logits.flatten(0, 1), target.flatten()
     for options in ({}, {"reduction": "sum"}, {"ignore_index": 5}, {"label_smoothing": 0.1}):
@@ -177,7 +196,7 @@ def test_a_tied_step_is_that_of_an_untied_twin_with_both_gradients(projection):
     close(model.embedding.weight.grad, sum(halves))
     close(model.embedding.bias.grad, twin.output.bias.grad)
     for name, parameter in model.named_parameters():
-        if not name.startswith("embedding"):
+        if parameter.requires_grad and not name.startswith("embedding"):
             close(parameter.grad, twin.get_parameter(name).grad)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     close(model.embedding.weight.detach(), before - 0.1 * sum(halves))
@@ -315,7 +334,7 @@ def test_variational_masks_stay_for_a_sequence(monkeypatch, per_gate):
     close(state.h, last.h)
     close(state.c, last.c)
     h.sum().backward()
-    for parameter in model.lstm.parameters():
+    for parameter in (each for each in model.lstm.parameters() if each.requires_grad):
         alone = torch.autograd.grad(expected.sum(), parameter, retain_graph=True)[0]
         close(parameter.grad, alone)
     first = [each.clone() for each in drawn]
@@ -338,8 +357,10 @@ def test_variational_dropout_of_nothing_is_none():
     plain = model.eval().loss(IDS[:, :-1], IDS[:, 1:])[0]
     plain.backward()
     close(loss, plain)
+    assert all(found[name] is None for name in ("lstm.bias_hh_l0", "lstm.bias_hh_l1"))
     for name, parameter in model.named_parameters():
-        close(found[name], parameter.grad)
+        if parameter.requires_grad:
+            close(found[name], parameter.grad)
 
 
 def test_a_word_is_dropped_wherever_it_occurs_in_its_row():

@@ -31,6 +31,7 @@ def made(**options):
     [
         {},
         {"tie": True, "projection": True, "pr_norm": "paper", "pr_weight": 0.5, "dropout": 0.25},
+        {"projection": True, "projection_bias": False},
         {"tie": True, "dropout": VariationalDropout(word=0.1, per_gate=False), "num_layers": 3},
     ],
 )
@@ -51,7 +52,10 @@ def test_a_model_is_saved_and_loaded_bit_for_bit(tmp_path, options, dtype):
     with torch.no_grad():
         assert torch.equal(loaded(IDS)[0], model.eval()(IDS)[0])
     loaded.train().loss(IDS, IDS)[0].backward()
-    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    for parameter in loaded.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == asked
 
 
 def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):

@@ -50,16 +50,16 @@ def metrics_of(out):
 
 
 def test_a_folder_is_read(tmp_path):
-    train = "b a b\r\n\nc\tb a"
+    train = "b a b\r\n\nc\tb a c"
     folder = text_folder(tmp_path / "letters", train=train, valid="a d\n", test="c\n")
     corpus = _corpus.load(folder)
     assert corpus.name == "letters"
     assert corpus.words == ("<unk>", "<eos>", "b", "a", "c")  # the most frequent first, then by name
-    assert corpus.train.tolist() == [2, 3, 2, 1, 1, 4, 2, 3, 1]
+    assert corpus.train.tolist() == [2, 3, 2, 1, 1, 4, 2, 3, 4, 1]
     assert corpus.valid.tolist() == [3, 0, 1]
     facts = corpus.facts()
     assert facts["unknown"] == [0, pytest.approx(1 / 3, abs=1e-6), 0]
-    assert (facts["train"], facts["valid"], facts["test"], facts["words"]) == (9, 3, 2, 5)
+    assert (facts["train"], facts["valid"], facts["test"], facts["words"]) == (10, 3, 2, 5)
     for part in ("train", "valid", "test"):
         path = folder / f"{part}.txt"
         (folder / f"{part}.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -68,14 +68,26 @@ def test_a_folder_is_read(tmp_path):
 
 
 def test_words_that_are_not_trained_on_are_unknown(tmp_path):
-    corpus = _corpus.load(text_folder(tmp_path / "x", train="a b\nc a\nd d d\n"), train_words=5)
-    assert corpus.words == ("<unk>", "<eos>", "a", "b", "c")
-    assert corpus.train.tolist() == [2, 3, 1, 4, 2]
+    corpus = _corpus.load(text_folder(tmp_path / "x", train="a b\nb a\nd d d\n"), train_words=5)
+    assert corpus.words == ("<unk>", "<eos>", "a", "b")
+    assert corpus.train.tolist() == [2, 3, 1, 3, 2]
+
+
+def test_words_that_occur_once_are_unknown_where_no_others_are(tmp_path):
+    lines = "a b\nb a c\n"
+    open_, closed = (
+        _corpus.load(text_folder(tmp_path / name, train=lines + mark))
+        for name, mark in (("open", ""), ("closed", "<unk>\n"))
+    )
+    assert open_.words == ("<unk>", "<eos>", "a", "b")
+    assert open_.train.tolist() == [2, 3, 1, 3, 2, 0, 1]
+    assert closed.words == ("<unk>", "<eos>", "a", "b", "c")
+    assert _corpus.load(tmp_path / "open", vocabulary=2).words == open_.words
 
 
 @pytest.mark.parametrize(
     ("mark", "vocabulary", "known"),
-    [("often", None, 10_000), ("<unk>", None, 10_050), ("<unk>", 7, 7), ("often", 20_000, 10_051)],
+    [("often", None, 10_000), ("<unk>", None, 10_050), ("<unk>", 7, 7), ("often", 20_000, 1)],
 )
 def test_a_vocabulary_is_closed_where_the_text_has_unknown_words(tmp_path, mark, vocabulary, known):
     train = " ".join([*(f"w{i}" for i in range(10_050)), mark, mark])
@@ -138,8 +150,7 @@ def test_the_training_is_that_of_the_paper(arm):
     generator = torch.Generator().manual_seed(0)
     train, valid, test = (torch.randint(11, (n,), generator=generator) for n in (97, 50, 30))
     preset = dataclasses.replace(PRESETS["small"], hidden_size=5, batch_size=3, steps=4, epochs=6, clip=0.7)
-    torch.manual_seed(1)
-    model = _tied_lm.model_of(arm, corpus_of(train, valid, test, 11), preset, CPU).double()
+    model = _tied_lm.model_of(arm, corpus_of(train, valid, test, 11), preset, CPU, 1).double()
     other = TiedLanguageModel(11, 5, tie="wt" in arm, projection="pr" in arm).double()
     other.load_state_dict(model.state_dict())
     if "wt" in arm:
@@ -159,12 +170,13 @@ def test_the_training_is_that_of_the_paper(arm):
             cost = loss / 3
             if "pr" in arm:
                 cost = cost + other.projection.weight.square().sum() / 2 / 6.5 / 3
-            gradients = torch.autograd.grad(cost, list(other.parameters()))
+            trained = [parameter for parameter in other.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(cost, trained)
             norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt().item()
             clipped += norm > 0.7
             rate = (1.0, 1.0, 1.0, 1.0, 1.0, 0.5)[epoch] * min(1.0, 0.7 / (norm + 1e-6))
             with torch.no_grad():
-                for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+                for parameter, gradient in zip(trained, gradients, strict=True):
                     parameter -= rate * gradient
             total += loss.item()
         assert figures[epoch]["train"] == pytest.approx(math.exp(total / (3 * 31)), rel=1e-9)
@@ -180,6 +192,55 @@ def test_the_training_is_that_of_the_paper(arm):
         z = other.logits(other(pieces[:, :-1])[0]).flatten(0, 1)
         expected = cross_entropy(z, pieces[:, 1:].flatten()).exp().item()
         assert figures[-1]["valid"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_arms_of_a_seed_begin_alike_in_what_they_have_in_common():
+    text = torch.arange(100)
+    corpus, preset = (
+        corpus_of(text, text, text, 100),
+        dataclasses.replace(PRESETS["small"], hidden_size=5),
+    )
+    models = {arm: _tied_lm.model_of(arm, corpus, preset, CPU, 3) for arm in _tied_lm.ARMS}
+    torch.manual_seed(0)  # which decides nothing
+    states = {arm: model.state_dict() for arm, model in models.items()}
+    for arm, state in states.items():
+        again = _tied_lm.model_of(arm, corpus, preset, CPU, 3).state_dict()
+        other = _tied_lm.model_of(arm, corpus, preset, CPU, 4).state_dict()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, again[name])
+            assert torch.equal(tensor, other[name]) == name.startswith("lstm.bias")
+            for same in states.values():
+                shared = name == "embedding.weight" and ("output.weight" in state) != (
+                    "output.weight" in same
+                )
+                if name in same and not shared:
+                    assert torch.equal(tensor, same[name])
+    assert torch.equal(states["wt"]["embedding.bias"], states["untied"]["output.bias"])
+    # The tied matrix has nothing of the two that it is compared to, nor have they of each other.
+    matrices = (
+        states["wt"]["embedding.weight"],
+        *(states["untied"][f"{name}.weight"] for name in ("embedding", "output")),
+    )
+    flat = torch.stack([matrix.flatten() for matrix in matrices])
+    assert (torch.corrcoef(flat) - torch.eye(3)).abs().max() < 0.2  # 4.5 standard deviations
+
+
+def test_a_projection_is_without_a_bias_where_that_is_asked_for(tmp_path):
+    run(
+        "--quick",
+        "--hidden-size",
+        8,
+        "--epochs",
+        1,
+        "--arms",
+        "wt+pr",
+        "--no-projection-bias",
+        "--out",
+        tmp_path,
+    )
+    assert metrics_of(tmp_path)["config"]["projection_bias"] is False
+    model = load_language_model(tmp_path / "models" / "test-wt+pr-0")
+    assert model.projection.bias is None
 
 
 def test_what_diverges_is_infinite_and_what_is_nan_stays_so():

@@ -47,8 +47,9 @@ def load(folder: Path, *, train_words: int | None = None, vocabulary: int | None
 
     Args:
         train_words: so many words of train.txt, ends of lines among them, are the training part.
-        vocabulary: as many of its words, the most frequent, are known. Default: all where <unk> is among
-            them, as the vocabulary then is a closed one, else 10,000.
+        vocabulary: as many of its words, the most frequent, are known beside <unk> and <eos>. Default: all
+            where <unk> is among them, as the vocabulary then is a closed one, else 10,000. Where all would be
+            known and none is <unk>, those that occur once are it.
 
     Raises:
         Refusal: it is not there, or not as docs/data.md says.
@@ -114,6 +115,8 @@ def _of(
     counts = Counter(train)
     limit = vocabulary or (len(counts) if UNKNOWN in counts else MOST)
     by_count = sorted(counts.keys() - {UNKNOWN, END}, key=lambda word: (-counts[word], word))
+    if UNKNOWN not in counts and len(by_count) <= limit:  # or <unk> would be a word that training never has
+        by_count = [word for word in by_count if counts[word] > 1]
     known = (UNKNOWN, END, *by_count[:limit])
     places = {word: place for place, word in enumerate(known)}
     return Corpus(

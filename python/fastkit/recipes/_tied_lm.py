@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def preset_of(args: argparse.Namespace) -> Preset:
         preset,
         hidden_size=args.hidden_size or preset.hidden_size,
         epochs=args.epochs or (2 if args.quick else preset.epochs),
+        projection_bias=args.projection_bias,
     )
 
 
@@ -118,15 +120,26 @@ def corpus_of(args: argparse.Namespace, preset: Preset) -> Corpus:
     return corpus
 
 
-def model_of(arm: str, corpus: Corpus, preset: Preset, device: torch.device) -> TiedLanguageModel:
+def model_of(arm: str, corpus: Corpus, preset: Preset, device: torch.device, seed: int) -> TiedLanguageModel:
+    """Drawn on the CPU, the same on every device: of one seed, what arms have in common begins alike.
+
+    The tied matrix is alike in the two arms that have it, and has nothing of an untied model's two, to which
+    it is compared.
+    """
     model = TiedLanguageModel(
         len(corpus.words),
         preset.hidden_size,
         dropout=preset.dropout,
         init_range=preset.init_range,
+        projection_bias=preset.projection_bias,
         **ARMS[arm],
     )
-    return model.to(device)  # drawn on the CPU: the same on every device
+    names = {"embedding.weight": "tied", "embedding.bias": "output.bias"} if model.tie else {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith("lstm.bias"):
+            generator = torch.Generator().manual_seed(crc32(f"{seed} {names.get(name, name)}".encode()))
+            torch.nn.init.uniform_(parameter, -preset.init_range, preset.init_range, generator=generator)
+    return model.to(device)
 
 
 # The table
@@ -151,8 +164,10 @@ def main(args: argparse.Namespace) -> int:
         parts = [part.to(device) for part in (corpus.train, corpus.valid, corpus.test)]
         for seed, arm in product(seeds, arms):
 
-            def begin(arm: str = arm) -> Training:
-                return Training(model_of(arm, corpus, preset, device), parts, preset)
+            def begin(arm: str = arm, seed: int = seed) -> Training:
+                model = model_of(arm, corpus, preset, device, seed)
+                torch.manual_seed(seed)  # the same dropout in all arms of a seed
+                return Training(model, parts, preset)
 
             run.row("test", arm, seed, begin, stretches=preset.epochs)
         rows = run.finished("test", seeds)

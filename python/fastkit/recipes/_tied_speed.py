@@ -20,7 +20,7 @@ from fastkit.methods.tied_embedding.presets import Preset
 from fastkit.nn import TiedEmbedding
 from fastkit.recipes import _options, _tied_lm
 from fastkit.recipes._corpus import Corpus
-from fastkit.recipes._experiment import Run, deterministic, seeded
+from fastkit.recipes._experiment import Run, deterministic
 from fastkit.recipes._figures import Row
 
 ARMS = tuple(_tied_lm.ARMS)
@@ -96,8 +96,7 @@ def contestants(
     """Two models of the same values, one for each loss; in the plain one autograd adds a tied gradient up."""
     found: dict[str, Contestant] = {}
     for name, loss in LOSSES.items():
-        with seeded(seed):
-            model = _tied_lm.model_of(arm, corpus, preset, device)
+        model = _tied_lm.model_of(arm, corpus, preset, device, seed)
         if name == "plain" and isinstance(model.embedding, TiedEmbedding):
             model.embedding.fused_accumulate = False
         found[name] = Contestant(model, loss, corpus.train.to(device), preset)

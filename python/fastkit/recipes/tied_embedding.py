@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the most frequent words, which the model knows; default: all where the text has <unk>, else"
         " 10,000",
     )
+    both.add_argument(
+        "--projection-bias",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether a projection has a bias, as in the paper's code; its formula has none; default: it has",
+    )
     lm = parser.add_argument_group("task lm")
     lm.add_argument("--epochs", type=positive, metavar="N", help="default: the preset's; with --quick 2")
     translation = parser.add_argument_group("task translation")

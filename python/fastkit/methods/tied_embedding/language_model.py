@@ -69,7 +69,8 @@ class TiedLanguageModel(nn.Module):
         hidden_size: H, the width of the embeddings and of all layers.
         num_layers: of the LSTM.
         tie: whether the softmax has the matrix of the embedding, in a ``fastkit.nn.TiedEmbedding``.
-        projection: whether there is P, a ``Projection``, with p_b.
+        projection: whether there is P, a ``Projection``.
+        projection_bias: whether it has p_b, as in the paper's code; its formula has none.
         pr_norm, pr_weight: of its penalty, as in ``projection_penalty``.
         dropout: a share, in three places: after the embedding, between layers, after the last one; drawn for
             each step, as in Zaremba et al. Or a ``VariationalDropout``.
@@ -80,7 +81,7 @@ class TiedLanguageModel(nn.Module):
         ids, target ``(B, T)``, int64 or int32; h ``(B, T, H)``; logits ``(..., V)``; a state ``(L, B, H)``
         twice. Parameters: ``embedding.weight`` (V, H), ``lstm.*`` as of ``nn.LSTM``; ``embedding.bias`` (V,)
         where tied, else ``output.weight`` (V, H) and ``output.bias`` (V,); ``projection.weight`` (H, H) and
-        ``projection.bias`` (H,).
+        ``projection.bias`` (H,). ``lstm.bias_hh_*`` ask for no gradient and stay 0.
 
     Raises:
         ValueError: a size or an option is not as above; ids or a state have another shape.
@@ -97,8 +98,9 @@ class TiedLanguageModel(nn.Module):
     ``TiedEmbedding``; ``model.embedding.fused_accumulate = False`` spares a GPU the wait that this costs.
 
     Parameters: beside the paper's count there are 4 H for each layer, since ``nn.LSTM`` has two biases where
-    the paper's LSTM has one, and H for p_b, which the paper does not count. By SGD the two biases move
-    twice as far as one.
+    the paper's LSTM has one, and H for p_b, which the paper does not count. The second bias is not trained:
+    by SGD the two would move twice as far as one, with which the paper's rate leaves a projected model
+    hardly trained.
 
     Source: Press, Wolf, "Using the Output Embedding to Improve Language Models", EACL 2017, and the code
     published with it; Zaremba, Sutskever, Vinyals, "Recurrent Neural Network Regularization", 2014.
@@ -126,6 +128,7 @@ class TiedLanguageModel(nn.Module):
         num_layers: int = 2,
         tie: bool = False,
         projection: bool = False,
+        projection_bias: bool = True,
         pr_norm: PRNorm = "code",
         pr_weight: float | None = None,
         dropout: float | VariationalDropout = 0.0,
@@ -140,7 +143,7 @@ class TiedLanguageModel(nn.Module):
             ("num_layers", num_layers),
         ):
             check_integer(_OP, name, size, 1)
-        for name, value in (("tie", tie), ("projection", projection)):
+        for name, value in (("tie", tie), ("projection", projection), ("projection_bias", projection_bias)):
             if not isinstance(value, bool):
                 raise TypeError(f"{_OP}: {name} must be True or False, got {value!r}")
         if not isinstance(dropout, VariationalDropout):
@@ -152,6 +155,7 @@ class TiedLanguageModel(nn.Module):
         self.hidden_size: int = hidden_size
         self.num_layers: int = num_layers
         self.tie: bool = tie
+        self.projection_bias: bool = projection_bias
         self.pr_norm: PRNorm = pr_norm
         self.pr_weight: float = checked_weight(_OP, pr_norm, pr_weight)
         self.dropout: float | VariationalDropout = dropout
@@ -168,11 +172,14 @@ class TiedLanguageModel(nn.Module):
         self.lstm: nn.LSTM = nn.LSTM(
             hidden_size, hidden_size, num_layers, dropout=between, batch_first=True, **placed
         )
-        self.projection = (
-            Projection(hidden_size, pr_norm=pr_norm, pr_weight=pr_weight, init_range=init_range, **placed)
-            if projection
-            else None
-        )
+        for layer in range(num_layers):
+            self.lstm.get_parameter(f"bias_hh_l{layer}").requires_grad_(False)
+        self.projection = None
+        if projection:
+            self.projection = Projection(
+                hidden_size, pr_norm=pr_norm, pr_weight=pr_weight, bias=projection_bias,
+                init_range=init_range, **placed,
+            )  # fmt: skip
         self.output = None if tie else nn.Linear(hidden_size, vocab_size, **placed)
         self.reset_parameters()
 
@@ -184,6 +191,7 @@ class TiedLanguageModel(nn.Module):
         vocab_size: int = 10_000,
         tie: bool = False,
         projection: bool = False,
+        projection_bias: bool = True,
         pr_norm: PRNorm = "code",
         pr_weight: float | None = None,
         dropout: float | VariationalDropout | None = None,
@@ -203,6 +211,7 @@ class TiedLanguageModel(nn.Module):
             preset.hidden_size,
             tie=tie,
             projection=projection,
+            projection_bias=projection_bias,
             pr_norm=pr_norm,
             pr_weight=pr_weight,
             dropout=preset.dropout if dropout is None else dropout,
@@ -266,8 +275,8 @@ class TiedLanguageModel(nn.Module):
     @staticmethod
     def _options() -> tuple[str, ...]:
         return (
-            "vocab_size", "hidden_size", "num_layers", "tie", "projection", "pr_norm", "pr_weight", "dropout",
-            "init_range",
+            "vocab_size", "hidden_size", "num_layers", "tie", "projection", "projection_bias", "pr_norm",
+            "pr_weight", "dropout", "init_range",
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

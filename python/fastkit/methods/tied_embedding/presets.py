@@ -26,6 +26,7 @@ class Preset:
     clip: float  # the largest norm of the gradient of all parameters
     batch_size: int = 20
     lr: float = 1.0
+    projection_bias: bool = True  # where there is a projection
 
     def lr_of(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0, by the code's formula."""
