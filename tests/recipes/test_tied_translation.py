@@ -27,6 +27,7 @@ from fastkit.recipes._tied_translator import (
 for package in ("sklearn", "scipy", "tqdm", "matplotlib", "tokenizers"):
     pytest.importorskip(package)
 
+made_up = _parallel.generated
 TINY = ["--task", "translation", "--quick", "--hidden-size", "8", "--layers", "1", "--pieces", "200"]
 
 
@@ -129,7 +130,8 @@ def test_the_loss_is_of_what_follows(arm):
 def test_a_translation_is_the_likeliest_piece_each_time():
     model = translator("three_way")
     with torch.no_grad():
-        model.scores.bias[END] = 2.5  # so that some end
+        model.target_places.weight.normal_()  # or it repeats itself
+        model.scores.bias[END] = 2.0  # so that some end
     rows = sentences(*range(1, 11))
     found = model.translate(padded(rows, PAD))
     ends = []
@@ -226,7 +228,34 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, 
     pieces = metrics[0]["data"]["pieces"]
     assert pieces["both"] > 50 and sum(pieces.values()) - pieces["all"] <= pieces["all"]
     assert set(metrics[0]["differences"]) == {"three_way minus decoder"}
+    assert metrics[0]["chosen"] == {"three_way": 1e-3, "decoder": 1e-3}  # the only one that is tried
     assert "right sentences" in capsys.readouterr().out
+
+
+def test_each_arm_has_the_rate_that_is_best_on_the_valid_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(_tied_translation, "STRETCH", 20)
+    options = [option for option in TINY if option != "--quick"]
+    monkeypatch.setattr(_parallel, "generated", lambda: made_up(1000))
+    monkeypatch.setattr(_tied_translation, "RATES", (1e-4, 1e-2))
+    sizes = ["--steps", "20", "--arms", "untied", "decoder", "--seeds", "0", "5"]
+    assert main(["run", "tied_embedding", *options, *sizes, "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["table"], row["arm"], row["seed"]) for row in rows] == [
+        *(("valid", f"{arm},lr={lr}", 0) for arm in ("untied", "decoder") for lr in ("0.0001", "0.01")),
+        *(("test", arm, seed) for seed in (0, 5) for arm in ("untied", "decoder")),
+    ]
+    assert [any(name.startswith("test") for name in row["figures"]) for row in rows] == [False] * 4 + [
+        True
+    ] * 4
+    chosen = json.loads((tmp_path / "metrics.json").read_text())["chosen"]
+    for arm, lr in chosen.items():
+        tried = {row["arm"]: row["figures"]["valid_loss"] for row in rows[:4] if row["arm"].startswith(arm)}
+        assert min(tried, key=tried.get) == f"{arm},lr={lr:g}"
+        (first,) = (row for row in rows[4:] if row["arm"] == arm and row["seed"] == 0)
+        assert first["figures"]["valid_loss"] == tried[f"{arm},lr={lr:g}"]
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(
+        f"test-{arm}-{seed}" for arm in ("untied", "decoder") for seed in (0, 5)
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,8 @@ from fastkit.recipes._tied_translator import (
 
 STRETCH = 100  # steps
 LONGEST = 64  # pieces of a sentence
-TOKENS = 2048  # of a batch, of the longer side, padding included
+TOKENS = 1024  # of a batch, of the longer side, padding included
+RATES = (1e-3, 3e-3, 1e-2)  # of which each arm has the best on the valid part
 QUESTIONS = (("decoder", "untied"), ("three_way", "untied"), ("three_way", "decoder"))
 
 
@@ -95,12 +97,18 @@ class Data:
 
 
 class Training:
-    """A model and what trains it: a stretch is STRETCH steps and figures on the valid part."""
+    """A model and what trains it: a stretch is STRETCH steps and figures on the valid part.
 
-    def __init__(self, model: Translator, data: Data, *, lr: float, steps: int, seed: int) -> None:
+    ``tests``: whether the last one has those of the test part too.
+    """
+
+    def __init__(
+        self, model: Translator, data: Data, *, lr: float, steps: int, seed: int, tests: bool = True
+    ) -> None:
         self.model = model
         self.data = data
         self.steps = steps
+        self.tests = tests
         self.batches: list[Array] = _tokens.plan(data.train.lengths, TOKENS, steps, seed)
         self.optimizer: torch.optim.AdamW = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98))
         self.schedule: torch.optim.lr_scheduler.OneCycleLR = torch.optim.lr_scheduler.OneCycleLR(
@@ -124,7 +132,7 @@ class Training:
             total += loss.item()
         figures = {"train_loss": total / STRETCH}
         figures |= {f"valid_{name}": value for name, value in judged(self.model, self.data.valid).items()}
-        if self.schedule.last_epoch == self.steps:
+        if self.tests and self.schedule.last_epoch == self.steps:
             test = self.data.test
             figures |= {f"test_{name}": value for name, value in judged(self.model, test).items()}
             figures["test_exact"] = exact(self.model, test, self.data.tokenizer)
@@ -172,26 +180,29 @@ def exact(model: Translator, part: Part, tokenizer: Any) -> float:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Trains each arm from each seed, tests; returns the exit code."""
+    """Chooses a learning rate for each arm, trains it from each seed, tests; returns the exit code."""
     require(tokenizers="tokenizers")
     if args.device != "cpu":
         raise Refusal(f"--device must be cpu with --task translation, got {args.device}; leave it out")
     corpus = (
-        _parallel.generated(1000 if args.quick else 8000) if args.data is None else _parallel.load(args.data)
+        _parallel.generated(**({"sentences": 1000} if args.quick else {}))
+        if args.data is None
+        else _parallel.load(args.data)
     )
     data = Data(corpus, args.pieces)
     seeds = _options.seeds_of(args, (0, 1, 2))
     arms: list[str] = args.arms
     steps = -(-(args.steps or (STRETCH if args.quick else 2000)) // STRETCH) * STRETCH
     sizes = {
-        "vocabulary": data.tokenizer.get_vocab_size(), "hidden_size": args.hidden_size or 64,
+        "vocabulary": data.tokenizer.get_vocab_size(), "hidden_size": args.hidden_size or 128,
         "layers": args.layers, "longest": LONGEST,
     }  # fmt: skip
     if sizes["hidden_size"] % 4:
         raise Refusal(
             f"--hidden-size must be a multiple of 4 with --task translation, got {sizes['hidden_size']}"
         )
-    config = {"task": "translation", "steps": steps, "lr": args.lr, "tokens": TOKENS, **sizes}
+    rates = RATES[:1] if args.quick else RATES
+    config = {"task": "translation", "steps": steps, "rates": rates, "tokens": TOKENS, **sizes}
     with (
         threads(args.threads),
         Run(
@@ -199,17 +210,30 @@ def main(args: argparse.Namespace) -> int:
             resume=args.resume, packages=["tokenizers"], unit="step", stretch=STRETCH, suffix="",
         ) as run,
     ):  # fmt: skip
+
+        def valid_loss(table: str, arm: str, lr: float, seed: int) -> float:
+            tests = table == "test"
+
+            def begin() -> Training:
+                model = Translator(arm=arm, **sizes)
+                return Training(model, data, lr=lr, steps=steps, seed=seed, tests=tests)
+
+            name = arm if tests else f"{arm},lr={lr:g}"
+            row = run.row(table, name, seed, begin, stretches=steps // STRETCH, keeps_model=tests)
+            found = row.figures["valid_loss"]
+            return math.inf if found is None else found
+
+        chosen: dict[str, float] = {}
+        for arm in arms:
+            chosen[arm] = min(rates, key=lambda lr, arm=arm: valid_loss("valid", arm, lr, 0))
         for seed, arm in product(seeds, arms):
-
-            def begin(arm: str = arm, seed: int = seed) -> Training:
-                return Training(Translator(arm=arm, **sizes), data, lr=args.lr, steps=steps, seed=seed)
-
-            run.row("test", arm, seed, begin, stretches=steps // STRETCH)
+            valid_loss("test", arm, chosen[arm], seed)
         rows = run.finished("test", seeds)
         metrics = run.write(
             rows,
             seeds,
             parameters={row.arm: row.facts["parameters"] for row in rows},
+            chosen=chosen,
             differences=differences(rows, QUESTIONS),
         )
     print(f"{_table(metrics)}\n\n{run.written()}")
@@ -221,14 +245,17 @@ def _table(metrics: Mapping[str, Any]) -> str:
     lines = [
         f"{metrics['data']['name']}: {pieces['all']} pieces, {pieces['both']} of which are in both languages;"
         " test part",
-        f"  {'':11}{'loss of a piece':19}{'right pieces':19}{'right sentences':19}parameters",
+        f"  {'':11}{'loss of a piece':19}{'right pieces':19}{'right sentences':19}parameters, rate",
     ]
     for arm in (arm for arm in ARMS if arm in figures["test_loss"]):
         cells = "".join(
             f"{with_spread(figures[name][arm], 'std'):19}"
             for name in ("test_loss", "test_accuracy", "test_exact")
         )
-        lines.append(f"  {arm:11}{cells}{metrics['parameters'][arm]:,}")
+        rate = metrics["chosen"].get(arm)
+        lines.append(
+            f"  {arm:11}{cells}{metrics['parameters'][arm]:,}{'' if rate is None else f', {rate:g}'}"
+        )
     for question, of in metrics["differences"].items():
         lines.append(f"  {question}: loss {with_spread(of['test_loss'], 'stderr', '+')}")
     return "\n".join(lines)

@@ -60,6 +60,8 @@ class Translator(nn.Module):
         self.dropout: nn.Dropout = nn.Dropout(0.1)
         for matrix in (self.source, self.target, self.scores):
             nn.init.normal_(matrix.weight, std=hidden_size**-0.5)
+        for places in (self.source_places, self.target_places):
+            nn.init.normal_(places.weight, std=0.02)  # small beside the words
         nn.init.zeros_(self.scores.bias)
         for layer in (*self.encoder.layers, *self.decoder.layers):  # which are copies of one
             for parameter in layer.parameters():

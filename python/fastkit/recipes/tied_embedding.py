@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 
-from fastkit._command import Refusal, positive, positive_number, require
+from fastkit._command import Refusal, positive, require
 from fastkit.methods.tied_embedding import TiedLanguageModel
 from fastkit.methods.tied_embedding.presets import PRESETS
 from fastkit.recipes import _options, _tied_lm, _tied_speed, _tied_translation, _tied_translator
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_tasks = "; ".join(f"of {task}: {', '.join(arms)}" for task, arms in _ARMS.items())
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"default: all; {of_tasks}")
     parser.add_argument(
-        "--hidden-size", type=positive, metavar="N", help="default: that of the preset; of translation 64"
+        "--hidden-size", type=positive, metavar="N", help="default: that of the preset; of translation 128"
     )
     both = parser.add_argument_group("tasks lm and speed")
     both.add_argument("--preset", choices=PRESETS, default="small", help="default: %(default)s")
@@ -61,13 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lm = parser.add_argument_group("task lm")
     lm.add_argument("--epochs", type=positive, metavar="N", help="default: the preset's; with --quick 2")
     translation = parser.add_argument_group("task translation")
-    translation.add_argument("--pieces", type=positive, default=600, metavar="N", help="default: %(default)s")
+    translation.add_argument(
+        "--pieces", type=positive, default=1500, metavar="N", help="default: %(default)s"
+    )
     translation.add_argument("--layers", type=positive, default=2, metavar="N", help="default: %(default)s")
     translation.add_argument(
         "--steps", type=positive, metavar="N", help="default: 2000; with --quick 100; in whole hundreds"
-    )
-    translation.add_argument(
-        "--lr", type=positive_number, default=1e-2, metavar="X", help="default: %(default)s"
     )
     speed = parser.add_argument_group("task speed")
     speed.add_argument("--rounds", type=positive, metavar="N", help="default: 20; with --quick 3")
