@@ -17,6 +17,8 @@ from fastkit.reference.lora_linear import (
 )
 from fastkit.reference.moments import Moments, merge_moments, moments
 from fastkit.reference.mtadam import mtadam_square_sums, mtadam_update_
+from fastkit.reference.multihead_loss import MultiheadLoss, multihead_loss
+from fastkit.reference.multihead_loss_penalty import orthogonality_penalty
 from fastkit.reference.procrustes import polar, procrustes
 from fastkit.reference.topk_similarity import TopK, csls_topk, topk_similarity
 
@@ -26,6 +28,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearWithStats",
     "Moments",
+    "MultiheadLoss",
     "TopK",
     "column_norms",
     "csls_topk",
@@ -41,6 +44,8 @@ __all__ = [
     "moments",
     "mtadam_square_sums",
     "mtadam_update_",
+    "multihead_loss",
+    "orthogonality_penalty",
     "polar",
     "procrustes",
     "prune_rows_",
