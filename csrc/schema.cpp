@@ -120,6 +120,16 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "float alive_eps, float max_scale, str nonfinite, Tensor? grad_scales, Tensor? found_inf, int first, "
       "bool applies) -> ()");
 
+  // Of the logits z (H,C,B) of each head: its loss (H), and what it has right (H). target: (B) int64 with coefficients
+  // (3,B), a lse - b z[target] - c sum w z for each row; or what is wanted, (C,B). gradient: dz takes the place of z.
+  m.def(
+      "multihead_loss_rows_(Tensor(a!) z, Tensor target, Tensor? coefficients, Tensor? class_weight, float scale, "
+      "str problem, bool gradient, Tensor(b!) loss, Tensor(c!) correct) -> ()");
+  // Of some rows of a Gram matrix from the diagonal to the right, (n,m): sums (n) of rho over what is to the right of
+  // it. gradient: its slope takes the place of each entry, and 0 that of the diagonal's.
+  m.def(
+      "multihead_loss_penalty_rows_(Tensor(a!) gram, str kind, float width, bool gradient, Tensor(b!) sums) -> ()");
+
   // The orthogonal factors of m (B,P,Q), P >= Q, and whether they have become orthogonal (B). Steps, three numbers each:
   // x (a + b x^2) / (1 + c x^2) of each singular value x, then x (c0 + c1 x^2 + c2 x^4), which are taken again if needed.
   m.def("polar_fwd(Tensor m, float[] rationals, float[] quintics) -> (Tensor w, Tensor orthogonal)");

@@ -7,9 +7,19 @@ from fastkit.ops.lora_linear import lora_linear, lora_linear_with_stats
 from fastkit.ops.lora_linear_prune import column_norms, prune_rows_, prune_rows_grouped_
 from fastkit.ops.moments import merge_moments, moments
 from fastkit.ops.mtadam import mtadam_square_sums, mtadam_update_
+from fastkit.ops.multihead_loss import multihead_loss
+from fastkit.ops.multihead_loss_penalty import orthogonality_penalty
 from fastkit.ops.procrustes import polar, procrustes
 from fastkit.ops.topk_similarity import csls_topk, topk_similarity
-from fastkit.reference import ICPEpoch, IIRState, LinearCrossEntropy, LinearWithStats, Moments, TopK
+from fastkit.reference import (
+    ICPEpoch,
+    IIRState,
+    LinearCrossEntropy,
+    LinearWithStats,
+    Moments,
+    MultiheadLoss,
+    TopK,
+)
 
 __all__ = [
     "ICPEpoch",
@@ -17,6 +27,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearWithStats",
     "Moments",
+    "MultiheadLoss",
     "TopK",
     "column_norms",
     "csls_topk",
@@ -32,6 +43,8 @@ __all__ = [
     "moments",
     "mtadam_square_sums",
     "mtadam_update_",
+    "multihead_loss",
+    "orthogonality_penalty",
     "polar",
     "procrustes",
     "prune_rows_",

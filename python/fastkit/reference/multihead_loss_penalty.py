@@ -22,8 +22,8 @@ def orthogonality_penalty(
     """``sum over classes c and pairs h < g of active heads of rho(<weight[h, c], weight[g, c]>)``.
 
     ``rho(t)`` is ``|t|``, ``t^2``, the same two of the cosine, or Huber's: ``t^2 / (2 width)`` up to the
-    width, and ``|t| - width / 2`` beyond. ``center_classes`` takes the mean over classes from each head before.
-    In float64 for float64 ``weight``, else in float32.
+    width, and ``|t| - width / 2`` beyond. ``center_classes`` takes the mean over classes from each head
+    before. In float64 for float64 ``weight``, else in float32.
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if active is not None:

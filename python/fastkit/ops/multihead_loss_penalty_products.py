@@ -1,0 +1,106 @@
+"""orthogonality_penalty on a CPU: a Gram matrix for each class, block by block, none of which is kept.
+
+A block of rows of a Gram matrix, from the diagonal to the right, is a product of the vendor's. The kernel
+sums rho of what is to the right of the diagonal, and puts the slope rho' in the place of each entry, in both
+triangles of the diagonal's own square; then two products add to the gradient, ``S W`` of the block's rows,
+and ``S^T W`` of those that come later. With blocks of n rows that is C K (3 K + n) D operations, where one
+product of all pairs and one of their slopes are 4 C K^2 D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkit import _native
+from fastkit._autograd import without_autocast
+from fastkit.ops._checks import arithmetic
+from fastkit.ops._define import define
+from fastkit.ops.multihead_loss_products import places_of
+from fastkit.reference.multihead_loss_penalty import LEAST_NORM
+
+_BLOCK = 128  # rows: 1000 columns are 512 KB, which a core's cache holds
+
+if _native.REASON is None:
+
+    @torch.library.register_fake("fastkit::multihead_loss_penalty_rows_")
+    def _(*_: Any) -> None:
+        pass
+
+
+def forward(
+    weight: Tensor, kind: str, huber_width: float, active: Tensor | None, center_classes: bool, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The penalty, and its gradient in the arithmetic's dtype; empty unless asked for."""
+    with torch.no_grad(), without_autocast(weight):
+        place = places_of(active)
+        w = (weight if place is None else weight[place]).to(arithmetic(weight))
+        rows = w - w.mean(1, keepdim=True) if center_classes else w
+        norm = None
+        if kind.startswith("cos_"):
+            norm = torch.linalg.vector_norm(rows, dim=2, keepdim=True).clamp_min_(LEAST_NORM)
+            rows = rows / norm
+        if rows.stride(2) != 1:
+            rows = rows.contiguous()
+        sums = rows.new_empty(rows.shape[1], rows.shape[0])
+        of_rows = rows.new_empty(rows.shape) if gradient else None
+        for c in range(rows.shape[1]):
+            of_class = None if of_rows is None else of_rows[:, c]
+            _of_class(rows[:, c], kind.removeprefix("cos_"), huber_width, sums[c], of_class)
+        penalty = sums.sum()
+        if of_rows is None:
+            return penalty, rows.new_empty(0)
+        if norm is not None:  # of u = w / |w|; where the norm is held, u moves as w does
+            held = norm <= LEAST_NORM
+            along = (of_rows * rows).sum(2, keepdim=True).masked_fill_(held, 0.0)
+            of_rows = of_rows.addcmul_(along, rows, value=-1).div_(norm)
+        if center_classes:
+            of_rows = of_rows - of_rows.mean(1, keepdim=True)
+        if place is None:
+            return penalty, of_rows
+        return penalty, of_rows.new_zeros(weight.shape).index_copy_(0, place, of_rows)
+
+
+def _of_class(rows: Tensor, kind: str, width: float, sums: Tensor, gradient: Tensor | None) -> None:
+    """Of K rows: their sums of rho, and the gradient to them, written over what is there."""
+    count = len(rows)
+    room = rows.new_empty(min(_BLOCK, count) * count)
+    for begin in range(0, count, _BLOCK):
+        end = min(begin + _BLOCK, count)
+        here, onwards = rows[begin:end], rows[begin:]
+        gram = room[: (end - begin) * (count - begin)].view(end - begin, count - begin)
+        torch.mm(here, onwards.T, out=gram)
+        torch.ops.fastkit.multihead_loss_penalty_rows_.default(
+            gram, kind, width, gradient is not None, sums[begin:end]
+        )
+        if gradient is None:
+            continue
+        of_here, of_later = gradient[begin:end], gradient[end:]
+        later = gram[:, end - begin :].T
+        if begin == 0:
+            torch.mm(gram, onwards, out=of_here)
+            if end < count:
+                torch.mm(later, here, out=of_later)
+        else:
+            torch.addmm(of_here, gram, onwards, out=of_here)
+            if end < count:
+                torch.addmm(of_later, later, here, out=of_later)
+
+
+def _fake_forward(
+    weight: Tensor, kind: str, huber_width: float, active: Tensor | None, center_classes: bool, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = arithmetic(weight)
+    return weight.new_empty((), dtype=dtype), weight.new_empty(weight.shape if gradient else 0, dtype=dtype)
+
+
+run_forward: Callable[..., Any] = define(
+    "fastkit_products",
+    "orthogonality_penalty_fwd(Tensor weight, str kind, float huber_width, Tensor? active,"
+    " bool center_classes, bool gradient) -> (Tensor, Tensor)",
+    forward,
+    _fake_forward,
+)
