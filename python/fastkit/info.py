@@ -21,6 +21,7 @@ STEMS = (
     "lora_linear",
     "mtadam",
     "moments",
+    "multihead_loss",
     "procrustes",
     "topk_similarity",
 )
