@@ -1,4 +1,4 @@
-"""The shapes of multihead_loss and orthogonality_penalty; the contest is in ``multihead_loss_training.py``."""
+"""The shapes of multihead_loss and its penalty; the contest is in ``multihead_loss_training.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of many heads and their penalty in training, beside their products and the ways to write them."""
+"""The losses of many heads and their penalty in training, beside their products and other forms of them."""
 
 from __future__ import annotations
 
