@@ -3,6 +3,7 @@
 from fastkit.nn.adaptive_iir import AdaptiveIIR
 from fastkit.nn.focus_layer import FocusLayer
 from fastkit.nn.global_conv import GlobalConv
+from fastkit.nn.multiverse_head import MultiverseHead
 from fastkit.nn.prilora_linear import PRILoRALinear
 from fastkit.nn.tied_embedding import TiedEmbedding
 
@@ -10,6 +11,7 @@ __all__ = [
     "AdaptiveIIR",
     "FocusLayer",
     "GlobalConv",
+    "MultiverseHead",
     "PRILoRALinear",
     "TiedEmbedding",
 ]
