@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ class MultiverseHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads, num_classes, device=device, dtype=dtype))
         self.register_buffer("active", torch.ones(num_heads, dtype=torch.bool, device=device))
         self.register_buffer("scores", torch.zeros(num_heads, dtype=torch.float32, device=device))
-        self.register_load_state_dict_post_hook(_check_loaded)
+        self.register_load_state_dict_pre_hook(_check_loaded)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -224,7 +224,8 @@ class MultiverseHead(nn.Module):
             best = scores.nan_to_num(torch.inf).argmin()
             weight, bias = (t.index_select(0, best.view(1))[0] for t in (self.weight, self.bias))
             return linear(x, weight, bias)
-        z = self.head_logits(x).float()
+        z = self.head_logits(x)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         share = self.active.to(z.dtype) / self.active.sum()
         if self.problem == "multi_label":
             p = torch.einsum("bhc,h->bc", z.sigmoid(), share)
@@ -339,7 +340,8 @@ class MultiverseHead(nn.Module):
             )
 
 
-def _check_loaded(module: nn.Module, _keys: object) -> None:
-    assert isinstance(module, MultiverseHead)
-    if may_look_at(module.active) and not bool(module.active.any()):
+def _check_loaded(_: nn.Module, state: Mapping[str, Any], prefix: str, *_others: object) -> None:
+    """Before anything is changed."""
+    active = state.get(f"{prefix}active")
+    if isinstance(active, Tensor) and may_look_at(active) and not bool(active.any()):
         raise RuntimeError(f"{_OP}: active must have a head that takes part, got a state without one")
