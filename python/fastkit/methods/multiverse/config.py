@@ -1,0 +1,62 @@
+"""What a model with many heads is made of."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, BertConfig, PreTrainedConfig
+
+from fastkit.reference.multihead_loss import Problem
+
+HEAD_OPTIONS = (
+    "num_heads", "ortho", "ortho_weight", "huber_width", "center_classes", "head_reduction", "inference",
+    "init", "allow_overcomplete", "label_smoothing",
+)  # fmt: skip
+PROBLEMS: dict[str | None, Problem] = {
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
+
+
+class MultiverseConfig(PreTrainedConfig):
+    """The classifier whose last layer is replaced, and the heads that take its place; saved with the model.
+
+    Args:
+        base: the configuration of a model for sequence classification, or a dict of one; default: BERT's.
+            Its labels are those of this one.
+        num_heads, ortho, ortho_weight, huber_width, center_classes, head_reduction, inference, init,
+            allow_overcomplete, label_smoothing: of ``fastkit.nn.MultiverseHead``.
+        problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``,
+            as everywhere in transformers. Default: regression for one label, else a single label.
+
+    Raises:
+        ValueError: an option is not as ``MultiverseHead`` wants it, once a model is made.
+    """
+
+    model_type = "fastkit_multiverse"
+    sub_configs: ClassVar[dict[str, Any]] = {"base": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["head_losses", "correct", "count", "penalty"]
+
+    base: dict[str, Any] | PreTrainedConfig | None = None
+    num_heads: int = 128
+    ortho: str | None = "abs"
+    ortho_weight: float = 0.005
+    huber_width: float = 1e-2
+    center_classes: bool = False
+    head_reduction: str = "mean"
+    inference: str = "mean_logits"
+    init: str = "normal"
+    allow_overcomplete: bool = False
+    label_smoothing: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.base is None:
+            self.base = BertConfig()
+        elif isinstance(self.base, dict):
+            self.base = AutoConfig.for_model(**self.base)
+        super().__post_init__(**kwargs)
+        if self.problem_type is None:
+            self.problem_type = "regression" if self.num_labels == 1 else "single_label_classification"
+        self.base.id2label, self.base.label2id = self.id2label, self.label2id
+        self.base.problem_type = self.problem_type
