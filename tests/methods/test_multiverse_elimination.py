@@ -313,6 +313,23 @@ def test_one_step_drops_once():
     assert eliminator.num_active == 3
 
 
+@pytest.mark.parametrize("score", ["loss", "accuracy", "dev"])
+def test_what_is_said_of_a_dropped_head_is_not_kept(score):
+    """So that processes which say different things of it are alike."""
+
+    def state(last):
+        eliminator = HeadEliminator(2, total_steps=10, interval=1, score=score)
+        for x in (1.0, last):
+            eliminator.add(vector(0.5, x), vector(2, 2 - x), 2)
+            if score == "dev":
+                eliminator.add_dev_scores(vector(0.5, 1 - x))
+            eliminator.step()
+        assert eliminator.active.tolist() == [True, False]
+        return eliminator.state_dict()
+
+    assert_same(state(NAN), state(0.25))
+
+
 def test_what_readers_do_changes_nothing():
     eliminator = HeadEliminator(2, total_steps=10)
     run(eliminator, [[1.0, 2.0]])
