@@ -79,7 +79,7 @@ class HeadEliminator:
 
     Numerics: sums are float64 on the device of what is added, averages and decisions Python's floats: on any
     machine the same losses drop the same heads. A step copies 2H + 1 numbers from the device to the host, and
-    waits for them; ``add`` waits for nothing. With several processes there is one collective a step.
+    waits for them; ``add`` waits for nothing. Several processes have one collective a step, at first two.
 
     Source: Malkiel, Wolf, *Maximal Multiverse Learning for Promoting Cross-Task Generalization of Fine-Tuned
     Language Models*, EACL 2021. That weaker heads are dropped adaptively in training is theirs. The scores,
