@@ -1,4 +1,4 @@
-"""EliminationCallback: a Trainer whose heads go, that is stopped and goes on, and takes the best in the end."""
+"""EliminationCallback: a Trainer whose heads go, that goes on where it was stopped, and takes the best."""
 
 import json
 
@@ -15,7 +15,10 @@ from fastkit.methods.multiverse import (  # noqa: E402
     MultiverseForSequenceClassification,
 )
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # by PEFT
+]
 OPTIONS = {"policy": "fraction", "fraction": 0.25, "interval": 3, "start": 3, "stop": 12}
 STEPS = 12
 
@@ -123,8 +126,8 @@ class StopAfter(transformers.TrainerCallback):
 
 def test_the_best_models_mask_comes_back(tmp_path):
     run = trainer(
-        tmp_path, EliminationCallback(**OPTIONS), load_best_model_at_end=True, eval_strategy="steps", eval_steps=4,
-        metric_for_best_model="eval_score", greater_is_better=True,
+        tmp_path, EliminationCallback(**OPTIONS), load_best_model_at_end=True, eval_strategy="steps",
+        eval_steps=4, metric_for_best_model="eval_score", greater_is_better=True,
     )  # fmt: skip
     scores = iter([0.9, 0.5, 0.4])
     run.compute_metrics = lambda found: {"score": next(scores)}

@@ -80,6 +80,7 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
 
     def __init__(self, config: MultiverseConfig) -> None:
         super().__init__(config)
+        self.num_labels: int = config.num_labels
         assert isinstance(config.base, PreTrainedConfig)
         self._take(AutoModelForSequenceClassification.from_config(config.base))
         self.post_init()
