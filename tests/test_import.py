@@ -31,6 +31,7 @@ def brought(run_script, module, first="torch"):
         "fastkit.nn",
         "fastkit.optim",
         "fastkit.info",
+        "fastkit.methods.multiverse",
         "fastkit.methods.prilora",
         "fastkit.methods.prilora.files",
         "fastkit.methods.tied_embedding",

@@ -19,11 +19,13 @@ import torch
 from fastkit import info, nn, ops, reference
 from fastkit._dispatch import Impl
 from fastkit.methods import tied_embedding
+from fastkit.methods.multiverse import elimination
 from fastkit.methods.prilora import config as prilora_config
 from fastkit.methods.tied_embedding import presets as language_model_presets
 from fastkit.methods.tied_embedding import projection as tied_projection
 from fastkit.methods.word_translation import settings as word_translation_settings
 from fastkit.methods.word_translation import vectors as word_vectors
+from fastkit.nn import multiverse_head
 from fastkit.nn.adaptive_iir import Parameterization
 from fastkit.nn.tied_embedding import TieGrad
 from fastkit.ops.mtadam import NonFinite
@@ -43,12 +45,14 @@ PACKAGES = (
     "methods.tied_embedding",
     "methods.word_translation",
 )
-OF_TRANSFORMERS = ("integrations.transformers", "methods.focus")
+OF_TRANSFORMERS = ("integrations.transformers", "methods.focus", "methods.multiverse")
 ALIASES = {"Impl": Impl, "Parameterization": Parameterization}  # of annotations
 ALIASES |= {"NonFinite": NonFinite, "OnNonFinite": OnNonFinite, "Metric": Metric, "TieGrad": TieGrad}
 ALIASES |= {
     name: value
     for module in (
+        elimination,
+        multiverse_head,
         prilora_config,
         word_translation_settings,
         word_vectors,
@@ -68,6 +72,7 @@ STATE_DICTS = [
     "FocusLayer(6, attn_chunk=4, kernel_length=3, conv_glu=True, causal=False)",
     "FocusLayer(6, coefficients='constant', position='none')",
     "GlobalConv(6, 3)",
+    "MultiverseHead(6, 2, 3)",
     "PRILoRALinear(torch.nn.Linear(6, 4), 2)",
     "TiedEmbedding(6, 4)",
     "TiedEmbedding(6, 4, bias=True, exclude_ids=[1])",
@@ -96,6 +101,8 @@ class Verbatim(str):
 
 
 def public_names(module: ModuleType) -> list[str]:
+    if "__getattr__" in vars(module):  # which imports some of them when they are asked for
+        return sorted(module.__all__)
     return sorted(
         name
         for name, value in vars(module).items()
