@@ -18,6 +18,7 @@ from fastkit._command import Refusal, positive
 # A recipe is a module of fastkit.recipes with add_arguments(parser) and main(args) -> exit code.
 RECIPES = {
     "focus": "Focus models on series and at recall, against constant filters and attention in chunks alone",
+    "multiverse": "many orthogonal heads on one encoder, the weak ones eliminated, against one head",
     "prilora": "ranks that grow from block to block and pruned adapters, against LoRA and full fine-tuning",
     "word_translation": "two tables of word vectors aligned without a dictionary, and translations by them",
     "mtadam": "MTAdam on losses with wrong weights, against Adam with wrong and right ones and longer steps",

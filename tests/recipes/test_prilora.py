@@ -171,7 +171,7 @@ def test_arms_of_one_seed_see_the_same_head_batches_and_dropout(model, data):
     losses = {}
     config = {**CONFIG, "steps": 1, "every": 1, "lr": 1e-3}
     base = encoder(model)
-    task = prilora.Data(_glue.load(data), base, model, config, CPU)
+    task = prilora.TaskTokens(_glue.load(data), base, model, config, CPU)
     for name in ARMS:
         for seed in (0, 1):
             arm = adapted(name, model, seed)

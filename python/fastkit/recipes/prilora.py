@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, mse_loss
 
 from fastkit._command import Refusal, positive, positive_number, require
 from fastkit._threads import threads
 from fastkit.recipes import _glue, _options, _tokens
-from fastkit.recipes._encoder import Encoder, encoder, write_random
+from fastkit.recipes._encoder import Encoder, encoder
 from fastkit.recipes._encoder import facts as encoder_facts
 from fastkit.recipes._experiment import Run, deterministic, seeded
 from fastkit.recipes._figures import Row, differences, with_spread
-from fastkit.recipes._glue import METRICS, Array, Metric, Task
+from fastkit.recipes._finetuning import Count, TaskTokens, given_or_random, linear_schedule, loss_of
+from fastkit.recipes._glue import METRICS, Array, Task
 from fastkit.recipes._prilora_arms import ARMS, Adapted, load_classifier, prilora_config
-from fastkit.recipes._tokens import HeldOut, Tokens
 
 __all__ = ["add_arguments", "load_classifier", "main"]
 
@@ -53,10 +52,16 @@ class Training:
     """
 
     def __init__(
-        self, adapted: Adapted, data: Data, *, seed: int, config: Mapping[str, Any], device: torch.device
+        self,
+        adapted: Adapted,
+        data: TaskTokens,
+        *,
+        seed: int,
+        config: Mapping[str, Any],
+        device: torch.device,
     ) -> None:
         self.adapted: Adapted = adapted
-        self.data: Data = data
+        self.data: TaskTokens = data
         self.device: torch.device = device
         self.every: int = config["every"]
         self.steps: int = config["steps"]
@@ -66,12 +71,8 @@ class Training:
         self.optimizer: torch.optim.AdamW = torch.optim.AdamW(
             adapted.trained, lr, weight_decay=config["weight_decay"]
         )
-        warm_up = max(1, round(config["warmup"] * self.steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: min((step + 1) / warm_up, (self.steps - step) / max(1, self.steps - warm_up + 1)),
-        )
-        self.done: _Count = _Count()
+        schedule = linear_schedule(self.optimizer, self.steps, config["warmup"])
+        self.done: Count = Count()
         self.schedule = schedule
         self.parts: dict[str, Any] = {
             "trained": adapted.state, "optimizer": self.optimizer, "schedule": schedule, "done": self.done
@@ -85,7 +86,7 @@ class Training:
         for chosen in self.batches[begin : begin + self.every]:
             y = self.data.train.y[torch.from_numpy(chosen)].to(self.device)
             logits = self.model(**_tokens.batch(self.data.train, chosen, self.device)).logits
-            loss = _loss(logits, y)
+            loss = loss_of(logits, y)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -96,58 +97,14 @@ class Training:
         last = self.done.count >= self.steps
         for name, part in self.data.held_out.items():
             if last or name.startswith("dev"):  # the test part is looked at once
-                figures |= self.judged(name, part)
+                figures |= self.data.judged(name, _tokens.predict(self.model, part), part.y)
         return figures
-
-    def judged(self, name: str, part: HeldOut) -> dict[str, float]:
-        logits = _tokens.predict(self.model, part)
-        figures = {"loss": _loss(logits, part.y).item(), **self.data.metric(part.y.numpy(), logits.numpy())}
-        return {f"{name}_{figure}": value for figure, value in figures.items()}
 
     def facts(self) -> dict[str, float]:
         return self.adapted.facts()
 
     def save(self, path: Path) -> None:
         self.adapted.save(path, source=self.data.source, classes=self.data.classes)
-
-
-class _Count:
-    """Steps that are done, as a part of a checkpoint."""
-
-    count: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        self.count = state_dict["count"]
-
-
-def _loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return mse_loss(logits[:, 0], y) if y.is_floating_point() else cross_entropy(logits, y)
-
-
-class Data:
-    """A task as tokens, made once for all rows."""
-
-    def __init__(
-        self,
-        task: Task,
-        encoder: Encoder,
-        source: str | None,
-        config: Mapping[str, Any],
-        device: torch.device,
-    ) -> None:
-        longest = min(config["length"], config["tokens"], encoder.longest)
-        limit = max(longest, 32768 if device.type == "cuda" else 4096)  # no gradients: more at once
-        self.train: Tokens = _tokens.tokenised(encoder.tokenizer, task.train, longest)
-        self.held_out: dict[str, HeldOut] = {
-            name: _tokens.held_out(_tokens.tokenised(encoder.tokenizer, part, longest), limit, device)
-            for name, part in task.held_out.items()
-        }
-        self.metric: Metric = METRICS[task.kind]
-        self.classes: list[str] = task.classes
-        self.source = source
 
 
 # The recipe
@@ -235,8 +192,8 @@ def main(args: argparse.Namespace) -> int:
         Run("prilora", args.out, resume=args.resume, **options) as run,
         deterministic(device),
     ):
-        base = _base(args.model, run, task)
-        data = Data(task, base, args.model, config, device)
+        base = given_or_random(args.model, run, task)
+        data = TaskTokens(task, base, args.model, config, device)
         for seed in seeds:
             for arm in args.arms:
                 _row(run, arm, seed, base, data, config, device)
@@ -293,17 +250,14 @@ def _check_model(
                 ) from error
 
 
-def _base(model: str | None, run: Run, task: Task) -> Encoder:
-    if model is not None:
-        return encoder(model)
-    folder = run.out / "encoder"
-    if not folder.exists():
-        write_random(folder, task.train.first + (task.train.second or []))
-    return encoder(str(folder))
-
-
 def _row(
-    run: Run, arm: str, seed: int, base: Encoder, data: Data, config: Mapping[str, Any], device: torch.device
+    run: Run,
+    arm: str,
+    seed: int,
+    base: Encoder,
+    data: TaskTokens,
+    config: Mapping[str, Any],
+    device: torch.device,
 ) -> Row:
     begun: list[Adapted] = []
 
