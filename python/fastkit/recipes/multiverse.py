@@ -20,7 +20,7 @@ from fastkit.methods.multiverse import HeadEliminator, MultiverseForSequenceClas
 from fastkit.recipes import _glue, _multiverse_transfer, _options, _tokens
 from fastkit.recipes._encoder import Encoder, encoder, quiet
 from fastkit.recipes._encoder import facts as encoder_facts
-from fastkit.recipes._experiment import Run, deterministic, replace_folder
+from fastkit.recipes._experiment import Run, deterministic, replace_folder, seeded
 from fastkit.recipes._figures import differences, summary, with_spread
 from fastkit.recipes._finetuning import Count, TaskTokens, given_or_random, linear_schedule
 from fastkit.recipes._glue import Array, Task
@@ -98,7 +98,7 @@ class Training:
         self.eliminator: HeadEliminator = HeadEliminator(
             count,
             total_steps=self.steps,
-            policy="margin" if arm.eliminates else "none",
+            policy=config["policy"] if arm.eliminates else "none",
             margin=config["margin"],
         )
         self.batches: list[Array] = _tokens.plan(data.task.train.lengths, config["tokens"], self.steps, seed)
@@ -206,6 +206,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the penalty; default: %(default)s",
     )  # fmt: skip
 
+    parser.add_argument(
+        "--policy", choices=("margin", "fraction"), default="margin",
+        help="which heads go at a check: those beyond a margin, or a tenth; default: %(default)s",
+    )  # fmt: skip
+
     def add(name: str, type: Any, help: str, metavar: str) -> None:
         default = _DEFAULTS[name.replace("-", "_")]
         parser.add_argument(f"--{name}", type=type, help=f"{help}; default: {default}", metavar=metavar)
@@ -237,8 +242,9 @@ def main(args: argparse.Namespace) -> int:
         else _multiverse_transfer.load(args.transfer, task, args.transfer_rows)
     )
     config = _config(args)
+    most = max([config["heads"], *args.sweep] if {*args.arms} - {"one"} else [1, *args.sweep])
     if args.model is not None:
-        encoder(args.model)
+        _check_heads(encoder(args.model), task, most)
     seeds = _options.seeds_of(args, (0, 1, 2))
     with (
         threads(args.threads or torch.get_num_threads()),
@@ -257,6 +263,8 @@ def main(args: argparse.Namespace) -> int:
         deterministic(device),
     ):
         base = given_or_random(args.model, run, task)
+        if args.model is None:
+            _check_heads(base, task, most)
         tokens = TaskTokens(task, base, args.model, config, device)
         data = Data(tokens, [(other, tokens.part(other.part)) for other in others])
 
@@ -288,7 +296,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:
-    config = {**_DEFAULTS, **(_QUICK if args.quick else {}), "ortho": args.ortho}
+    config = {**_DEFAULTS, **(_QUICK if args.quick else {}), "ortho": args.ortho, "policy": args.policy}
     config["lr"] = args.lr or (_LR_RANDOM if args.model is None else _LR)
     config |= {name: value for name in _DEFAULTS if (value := getattr(args, name, None)) is not None}
     for name in ("tokens", "length"):  # of which a pair needs three to mark its ends
@@ -300,6 +308,18 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
             f"--steps must be a multiple of --every, got {config['steps']} and {config['every']}; take {more}"
         )
     return config
+
+
+def _check_heads(base: Encoder, task: Task, heads: int) -> None:
+    """That the model can have so many."""
+    with seeded(0):
+        classifier: Any = base.classifier(task.classes)
+        try:
+            MultiverseForSequenceClassification.from_base(classifier, num_heads=heads)
+        except ValueError as error:
+            raise Refusal(
+                f"--heads must be as many as fit --model, a classifier that ends in a linear layer ({error})"
+            ) from error
 
 
 def _ensemble(run: Run, data: Data, seeds: Sequence[int], device: torch.device) -> dict[str, float]:
