@@ -23,7 +23,7 @@ OPTIONS = {
     "steps": 40,
     "every": 20,
     "tokens": 128,
-    "heads": 8,
+    "heads": 16,
     "lr": 0.02,
     "margin": 0.01,
     "policy": "fraction",

@@ -94,7 +94,8 @@ class Training:
                 ortho=config["ortho"] if arm.ortho else None,
                 ortho_weight=config["ortho_weight"],
             )
-        self.model: MultiverseForSequenceClassification = model.to(device)
+        self.model: MultiverseForSequenceClassification = model
+        self.model.to(device)  # pyright: ignore[reportArgumentType]
         self.eliminator: HeadEliminator = HeadEliminator(
             count,
             total_steps=self.steps,
@@ -275,7 +276,8 @@ def main(args: argparse.Namespace) -> int:
             stretches = config["steps"] // config["every"]
             run.row(table, name, seed, begin, stretches=stretches, keeps_model=table == "test")
 
-        for seed, arm in product(seeds, args.arms):
+        arms: list[str] = args.arms
+        for seed, arm in product(seeds, arms):
             row("test", arm, arm, config["heads"], seed)
         for heads in args.sweep:
             row("sweep", "multiverse", f"H={heads}", heads, seeds[0])

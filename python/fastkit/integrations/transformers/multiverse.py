@@ -92,7 +92,8 @@ class EliminationCallback(TrainerCallback, ExportableState):
         assert self.eliminator is not None
         saved, events = self.saved, self.events
         if saved is None:
-            found: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
+            callbacks: Any = state.stateful_callbacks or {}
+            found = callbacks.get(type(self).__name__)
             attributes = found.get("attributes", {}) if isinstance(found, dict) else {}
             saved, events = attributes.get("saved"), attributes.get("events", [])
         if saved is None:

@@ -35,7 +35,6 @@ class MultiverseConfig(PreTrainedConfig):
     """
 
     model_type = "fastkit_multiverse"
-    sub_configs: ClassVar[dict[str, Any]] = {"base": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["head_losses", "correct", "count", "penalty"]
 
     base: dict[str, Any] | PreTrainedConfig | None = None

@@ -80,8 +80,8 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
 
     def __init__(self, config: MultiverseConfig) -> None:
         super().__init__(config)
+        assert isinstance(config.base, PreTrainedConfig) and config.num_labels is not None
         self.num_labels: int = config.num_labels
-        assert isinstance(config.base, PreTrainedConfig)
         self._take(AutoModelForSequenceClassification.from_config(config.base))
         self.post_init()
 
@@ -94,7 +94,7 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
         options: dict[str, Any] = {name: getattr(config, name) for name in HEAD_OPTIONS}
         self.head: MultiverseHead = MultiverseHead(
             last.in_features,
-            config.num_labels,
+            last.out_features,
             problem=PROBLEMS[config.problem_type],
             device=last.weight.device,
             dtype=last.weight.dtype,
@@ -179,7 +179,7 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
 def last_layer(classifier: Any) -> tuple[str, nn.Linear]:
     """The name of the classifier's last linear layer, which gives the labels' logits, and the layer."""
     labels = classifier.config.num_labels
-    found = [
+    found: list[tuple[str, Any]] = [
         (name, module)
         for name, module in classifier.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == labels
