@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--policy", default="manylinux_2_34", help="newest platform; default: %(default)s")
-    parser.add_argument("--max-mb", type=float, default=6.5, help="largest file, in MB; default: %(default)s")
+    parser.add_argument("--max-mb", type=float, default=8, help="largest file, in MB; default: %(default)s")
     args = parser.parse_args(argv)
     if policy_version(args.policy) is None:
         parser.error(f"--policy must be like manylinux_2_34, got {args.policy!r}")
