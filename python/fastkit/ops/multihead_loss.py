@@ -68,7 +68,8 @@ def multihead_loss(
         0; count ``()`` int64, out of how many: rows that count, pairs, rows. Gradients flow through the loss.
 
     Raises:
-        ValueError: a shape, an option or the name ``impl`` is not as above; ``class_weight`` requires grad.
+        ValueError: a shape, an option or the name ``impl`` is not as above; ``target`` or ``class_weight``
+            requires grad.
         TypeError: an argument is no dense tensor or number, or its dtype is not as above.
         RuntimeError: ``impl`` cannot run here, tensors are on different devices, or on a CPU a target is no
             class or a class weight is negative or not finite (elsewhere the losses are NaN).

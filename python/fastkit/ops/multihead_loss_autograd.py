@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._autograd import Function, differentiates
+from fastkit._autograd import Function, differentiates, without_autocast
 from fastkit.ops.multihead_loss_products import run_backward, run_forward
 from fastkit.reference import MultiheadLoss
 from fastkit.reference.multihead_loss import Problem
@@ -77,10 +77,11 @@ def _by_reference(
     active: Tensor | None, class_weight: Tensor | None, options: Options,
 ) -> list[Tensor | None]:  # fmt: skip
     problem, label_smoothing, ignore_index = options
-    loss = reference.multihead_loss(
-        *leaves, target, problem=problem, active=active, class_weight=class_weight,
-        label_smoothing=label_smoothing, ignore_index=ignore_index,
-    ).loss  # fmt: skip
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(loss, wanted, g_loss, create_graph=True))
+    with without_autocast(leaves[0]):
+        loss = reference.multihead_loss(
+            *leaves, target, problem=problem, active=active, class_weight=class_weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index,
+        ).loss  # fmt: skip
+        found = iter(torch.autograd.grad(loss, wanted, g_loss, create_graph=True))
     return [next(found) if need else None for need in needs]

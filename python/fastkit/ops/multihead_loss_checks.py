@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkit.ops._checks import (
     MOST,
+    arithmetic,
     check_device,
     check_floating,
     check_int,
@@ -84,6 +85,12 @@ def check_penalty(
     check_number(op, "huber_width", huber_width)
     if not 0 < huber_width <= MOST:
         raise ValueError(f"{op}: huber_width must be positive and finite, got {huber_width}")
+    least = torch.finfo(arithmetic(weight)).tiny
+    if huber_width < least:  # by which the kernel, which has no subnormal numbers, cannot divide
+        raise ValueError(
+            f"{op}: huber_width must be {least:g} at least for {arithmetic(weight)}, got {huber_width}; take"
+            ' kind="abs"'
+        )
     check_active(op, active, weight)
     if not isinstance(center_classes, bool):
         raise TypeError(f"{op}: center_classes must be True or False, got {type(center_classes).__name__}")
@@ -133,6 +140,10 @@ def _check_target(op: str, target: Tensor, x: Tensor, classes: int, problem: str
         raise TypeError(
             f"{op}: target must be floating point with problem={problem!r}, got {target.dtype}; pass"
             " target.to(x.dtype)"
+        )
+    elif target.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: target must not require grad, no gradient is formed for it; pass target.detach()"
         )
     if problem == "regression" and classes != 1:
         raise ValueError(f'{op}: weight must have one class with problem="regression", got {classes}')

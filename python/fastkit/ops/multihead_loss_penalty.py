@@ -44,7 +44,7 @@ def orthogonality_penalty(
         kind: rho. ``"abs"`` has a slope that jumps at 0, about which the products of pairs come to tremble,
             by some steps of the optimizer; that of ``"huber"`` does not. What is no cosine can be lowered by
             shorter rows.
-        huber_width: of ``"huber"``; our choice.
+        huber_width: of ``"huber"``, a normal number in the arithmetic; our choice.
         active: ``(H,)`` bool, the heads that take part; the others may hold NaN, and their gradient is 0.
             Default: all.
         center_classes: take the mean over classes from each head first. Softmax does not see that mean, and
@@ -124,8 +124,9 @@ class _OrthogonalityPenalty(Function):
             return (None,) * 5
         weight, active, gradient = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph
-            penalty = _reference(weight, ctx.kind, ctx.huber_width, active, ctx.center_classes)
-            (of_weight,) = torch.autograd.grad(penalty, weight, g, create_graph=True)
+            with without_autocast(weight):
+                penalty = _reference(weight, ctx.kind, ctx.huber_width, active, ctx.center_classes)
+                (of_weight,) = torch.autograd.grad(penalty, weight, g, create_graph=True)
         else:
             of_weight = (gradient * g).to(weight.dtype)
         return of_weight, *((None,) * 4)

@@ -34,7 +34,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, active: Tensor | None,
     class_weight: Tensor | None, problem: str, label_smoothing: float, ignore_index: int, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss and correct (H,), count, and dz of the K active heads, the first K C B numbers of H C B."""
+    """Loss and correct (H,), count, and dz of the K active heads: K C B of H C B numbers, the others 0."""
     with torch.no_grad(), without_autocast(x):
         heads, classes, _ = weight.shape
         rows, _ = _rows(x, target, problem, ignore_index)
@@ -42,6 +42,8 @@ def forward(
         chosen, of_chosen = (t if place is None else t[place] for t in (weight, bias))
         room = rows.new_empty(heads * classes * batch)
         z = room[: len(chosen) * classes * batch].view(-1, batch)
+        if place is not None:
+            room[z.numel() :].zero_()
         torch.addmm(of_chosen.reshape(-1, 1).to(dtype), _matrix(chosen, dtype), rows.T, out=z)
         of_classes = None if class_weight is None else class_weight.to(dtype).contiguous()
         loss, correct = z.new_empty(len(chosen)), target.new_empty(len(chosen), dtype=torch.int64)

@@ -27,7 +27,7 @@ def orthogonality_penalty(
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if active is not None:
-        w = w[active]
+        w = w.masked_fill(~active[:, None, None], 0.0)  # rho(0) = 0
     if center_classes:
         w = w - w.mean(1, keepdim=True)
     w = w.transpose(0, 1)  # (C, K, D)
