@@ -16,7 +16,7 @@ from fastkit.ops.multihead_loss_checks import check_heads
 from fastkit.reference import MultiheadLoss
 from fastkit.reference.multihead_loss import Problem
 
-KERNELS: Kernels = {"cpu": FLOATING}
+KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 
 
 def multihead_loss(
@@ -58,8 +58,9 @@ def multihead_loss(
         class_weight: ``(C,)``, not negative, dtype as of bias; not in regression. Default: 1 each.
         label_smoothing: eps in [0, 1), of a single label.
         ignore_index: the target of a row that does not count; what it holds may be NaN. Of a single label.
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that, backward included, or raises. Default: the
-            kernel on a CPU, else the reference.
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that, backward included, or raises.
+            Default: the kernel where one covers the device and dtype (Triton has no float64), else the
+            reference; where that is for want of a kernel that another installation has, one warning says so.
 
     Returns:
         ``MultiheadLoss(loss, correct, count)``: loss ``(H,)``, float32 for half precision, else in the dtype
@@ -109,7 +110,7 @@ def multihead_loss(
                 label_smoothing=label_smoothing, ignore_index=ignore_index,
             )  # fmt: skip
     options = Options(problem, float(label_smoothing), ignore_index)
-    return loss_of_heads(x, weight, bias, target, active, class_weight, options)
+    return loss_of_heads(x, weight, bias, target, active, class_weight, options, chosen)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Any, ...]:

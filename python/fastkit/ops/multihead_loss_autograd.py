@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkit import reference
 from fastkit._autograd import Function, differentiates, without_autocast
+from fastkit._dispatch import Impl
 from fastkit.ops.multihead_loss_products import run_backward, run_forward
 from fastkit.reference import MultiheadLoss
 from fastkit.reference.multihead_loss import Problem
@@ -28,25 +29,25 @@ class Options(NamedTuple):
 
 def loss_of_heads(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, active: Tensor | None,
-    class_weight: Tensor | None, options: Options,
+    class_weight: Tensor | None, options: Options, chosen: Impl,
 ) -> MultiheadLoss:  # fmt: skip
     args = (x, weight, bias, target, active, class_weight)
     if not torch.is_grad_enabled() or not differentiates(x, weight, bias):
-        return MultiheadLoss(*run_forward(*args, *options, False)[:3])
-    return MultiheadLoss(*_MultiheadLoss.apply(*args, options)[:3])
+        return MultiheadLoss(*run_forward(*args, *options, False, chosen)[:3])
+    return MultiheadLoss(*_MultiheadLoss.apply(*args, options, chosen)[:3])
 
 
 class _MultiheadLoss(Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, active: Tensor | None,
-        class_weight: Tensor | None, options: Options,
+        class_weight: Tensor | None, options: Options, chosen: Impl,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return run_forward(x, weight, bias, target, active, class_weight, *options, True)
+        return run_forward(x, weight, bias, target, active, class_weight, *options, True, chosen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.options = inputs
+        *tensors, ctx.options, ctx.chosen = inputs
         _, correct, count, dz = output
         ctx.mark_non_differentiable(correct, count, dz)
         ctx.set_materialize_grads(False)
@@ -56,20 +57,20 @@ class _MultiheadLoss(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g_loss = grad_outputs[0]
         if g_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         dz, *tensors = ctx.saved_tensors
         x, weight, bias, target, active, class_weight = tensors
         needs = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph
             return *_by_reference(
                 g_loss, (x, weight, bias), needs, target, active, class_weight, ctx.options
-            ), *((None,) * 4)
+            ), *((None,) * 5)
         problem, _, ignore_index = ctx.options
-        found = run_backward(g_loss, dz, x, weight, target, active, problem, ignore_index, needs)
+        found = run_backward(g_loss, dz, x, weight, target, active, problem, ignore_index, needs, ctx.chosen)
         return *(
             g.to(t.dtype) if need else None
             for g, t, need in zip(found, (x, weight, bias), needs, strict=True)
-        ), *((None,) * 4)
+        ), *((None,) * 5)
 
 
 def _by_reference(

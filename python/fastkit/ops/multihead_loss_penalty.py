@@ -10,12 +10,12 @@ from torch import Tensor
 from fastkit import reference
 from fastkit._autograd import Function, differentiates, transforms, without_autocast
 from fastkit._dispatch import Impl, Kernels, choose
-from fastkit.ops._checks import FLOATING, check_tensors
+from fastkit.ops._checks import FLOATING, HALF, check_tensors
 from fastkit.ops.multihead_loss_checks import check_penalty
 from fastkit.ops.multihead_loss_penalty_products import run_forward
 from fastkit.reference.multihead_loss_penalty import PenaltyKind
 
-PENALTY_KERNELS: Kernels = {"cpu": FLOATING}
+PENALTY_KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 
 
 def orthogonality_penalty(
@@ -49,8 +49,9 @@ def orthogonality_penalty(
             Default: all.
         center_classes: take the mean over classes from each head first. Softmax does not see that mean, and
             without this heads that decide alike may have it make their rows orthogonal.
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that, backward included, or raises. Default: the
-            kernel on a CPU, else the reference.
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that, backward included, or raises.
+            Default: the kernel where one covers the device and dtype (Triton has no float64), else the
+            reference; where that is for want of a kernel that another installation has, one warning says so.
 
     Returns:
         The penalty, ``()``, float32 for half precision, else in the dtype of weight; 0 for one head or none.
@@ -89,8 +90,8 @@ def orthogonality_penalty(
         return _reference(weight, kind, huber_width, active, center_classes)
     args = (weight, kind, float(huber_width), active, center_classes)
     if not torch.is_grad_enabled() or not differentiates(weight):
-        return run_forward(*args, False)[0]
-    return _OrthogonalityPenalty.apply(*args)[0]
+        return run_forward(*args, False, chosen)[0]
+    return _OrthogonalityPenalty.apply(*args, chosen)[0]
 
 
 def _reference(
@@ -105,13 +106,14 @@ def _reference(
 class _OrthogonalityPenalty(Function):
     @staticmethod
     def forward(
-        weight: Tensor, kind: PenaltyKind, huber_width: float, active: Tensor | None, center_classes: bool
-    ) -> tuple[Tensor, Tensor]:
-        return run_forward(weight, kind, huber_width, active, center_classes, True)
+        weight: Tensor, kind: PenaltyKind, huber_width: float, active: Tensor | None, center_classes: bool,
+        chosen: Impl,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return run_forward(weight, kind, huber_width, active, center_classes, True, chosen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, ctx.kind, ctx.huber_width, active, ctx.center_classes = inputs
+        weight, ctx.kind, ctx.huber_width, active, ctx.center_classes, _ = inputs
         gradient = output[1]
         ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)
@@ -121,7 +123,7 @@ class _OrthogonalityPenalty(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g = grad_outputs[0]
         if g is None:
-            return (None,) * 5
+            return (None,) * 6
         weight, active, gradient = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph
             with without_autocast(weight):
@@ -129,4 +131,4 @@ class _OrthogonalityPenalty(Function):
                 (of_weight,) = torch.autograd.grad(penalty, weight, g, create_graph=True)
         else:
             of_weight = (gradient * g).to(weight.dtype)
-        return of_weight, *((None,) * 4)
+        return of_weight, *((None,) * 5)

@@ -19,9 +19,10 @@ from fastkit import _native
 from fastkit._autograd import without_autocast
 from fastkit.ops._checks import arithmetic
 from fastkit.ops._define import define
-from fastkit.ops.multihead_loss_products import places_of
+from fastkit.ops.multihead_loss_products import places_of, triton_kernels
 from fastkit.reference.multihead_loss_penalty import LEAST_NORM
 
+_GRAM_BYTES = 64 << 20  # of the products of some heads with all, on a GPU
 _BLOCK = 128  # rows: 1000 columns are 512 KB, which a core's cache holds
 
 if _native.REASON is None:
@@ -32,12 +33,16 @@ if _native.REASON is None:
 
 
 def forward(
-    weight: Tensor, kind: str, huber_width: float, active: Tensor | None, center_classes: bool, gradient: bool
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, kind: str, huber_width: float, active: Tensor | None, center_classes: bool,
+    gradient: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The penalty, and its gradient in the arithmetic's dtype; empty unless asked for."""
     with torch.no_grad(), without_autocast(weight):
-        place = places_of(active)
+        # On a GPU how many heads are active is not asked: it would wait. They are 0, and so is their slope.
+        place = places_of(active) if impl == "cpu" else None
         w = (weight if place is None else weight[place]).to(arithmetic(weight))
+        if impl != "cpu" and active is not None:
+            w = w.masked_fill(~active.view(-1, 1, 1), 0.0)
         rows = w - w.mean(1, keepdim=True) if center_classes else w
         norm = None
         if kind.startswith("cos_"):
@@ -47,9 +52,13 @@ def forward(
             rows = rows.contiguous()
         sums = rows.new_empty(rows.shape[1], rows.shape[0])
         of_rows = rows.new_empty(rows.shape) if gradient else None
-        for c in range(rows.shape[1]):
-            of_class = None if of_rows is None else of_rows[:, c]
-            _of_class(rows[:, c], kind.removeprefix("cos_"), huber_width, sums[c], of_class)
+        kind = kind.removeprefix("cos_")
+        if impl == "triton":
+            triton_kernels().penalty(rows, kind, huber_width, sums, of_rows, _GRAM_BYTES)
+        else:
+            for c in range(rows.shape[1]):
+                of_class = None if of_rows is None else of_rows[:, c]
+                _of_class(rows[:, c], kind, huber_width, sums[c], of_class)
         penalty = sums.sum()
         if of_rows is None:
             return penalty, rows.new_empty(0)
@@ -91,8 +100,9 @@ def _of_class(rows: Tensor, kind: str, width: float, sums: Tensor, gradient: Ten
 
 
 def _fake_forward(
-    weight: Tensor, kind: str, huber_width: float, active: Tensor | None, center_classes: bool, gradient: bool
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, kind: str, huber_width: float, active: Tensor | None, center_classes: bool,
+    gradient: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = arithmetic(weight)
     return weight.new_empty((), dtype=dtype), weight.new_empty(weight.shape if gradient else 0, dtype=dtype)
 
@@ -100,7 +110,7 @@ def _fake_forward(
 run_forward: Callable[..., Any] = define(
     "fastkit_products",
     "orthogonality_penalty_fwd(Tensor weight, str kind, float huber_width, Tensor? active,"
-    " bool center_classes, bool gradient) -> (Tensor, Tensor)",
+    " bool center_classes, bool gradient, str impl) -> (Tensor, Tensor)",
     forward,
     _fake_forward,
 )

@@ -7,6 +7,7 @@ multiplies it by the gradients to the losses. 6 B K C D operations in all.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,13 @@ def places_of(active: Tensor | None) -> Tensor | None:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, active: Tensor | None,
     class_weight: Tensor | None, problem: str, label_smoothing: float, ignore_index: int, gradient: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss and correct (H,), count, and dz of the K active heads: K C B of H C B numbers, the others 0."""
+    if impl == "triton":
+        return triton_kernels().forward(
+            x, weight, bias, target, active, class_weight, problem, label_smoothing, ignore_index, gradient
+        )
     with torch.no_grad(), without_autocast(x):
         heads, classes, _ = weight.shape
         rows, _ = _rows(x, target, problem, ignore_index)
@@ -58,16 +64,9 @@ def forward(
             scale = 1 / target.numel()
             count = torch.tensor(target.numel())
         _kernel(
-            z.view(-1, classes, batch),
-            target,
-            coefficients,
-            of_classes,
-            scale,
-            problem,
-            gradient,
-            loss,
+            z.view(-1, classes, batch), target, coefficients, of_classes, scale, problem, gradient, loss,
             correct,
-        )
+        )  # fmt: skip
         return (
             _among(loss, place, heads),
             _among(correct, place, heads),
@@ -78,9 +77,11 @@ def forward(
 
 def backward(
     g_loss: Tensor, dz: Tensor, x: Tensor, weight: Tensor, target: Tensor, active: Tensor | None,
-    problem: str, ignore_index: int, needs: list[bool],
+    problem: str, ignore_index: int, needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients to x, weight and bias, in the arithmetic's dtype; empty unless needed."""
+    if impl == "triton":
+        return triton_kernels().backward(g_loss, dz, x, weight, target, active, problem, ignore_index, needs)
     with torch.no_grad(), without_autocast(x):
         heads, classes, columns = weight.shape
         rows, ignored = _rows(x, target, problem, ignore_index)
@@ -99,6 +100,10 @@ def backward(
         if needs[2]:
             of_bias = _among(g_z.view(-1, classes, batch).sum(2), place, heads)
         return of_x, of_weight, of_bias
+
+
+def triton_kernels() -> Any:
+    return importlib.import_module("fastkit.triton.multihead_loss")
 
 
 def _kernel(*args: Any) -> None:
@@ -146,6 +151,7 @@ def _coefficients(
 def _fake_forward(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, active: Tensor | None,
     class_weight: Tensor | None, problem: str, label_smoothing: float, ignore_index: int, gradient: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_one_device("multihead_loss", x, weight, bias, target, active, class_weight)
     heads, classes, _ = weight.shape
@@ -160,7 +166,7 @@ def _fake_forward(
 
 def _fake_backward(
     g_loss: Tensor, dz: Tensor, x: Tensor, weight: Tensor, target: Tensor, active: Tensor | None,
-    problem: str, ignore_index: int, needs: list[bool],
+    problem: str, ignore_index: int, needs: list[bool], impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     of_x, of_weight, of_bias = needs
     return (
@@ -173,7 +179,7 @@ def _fake_backward(
 run_forward: Callable[..., Any] = define(
     "fastkit_products",
     "multihead_loss_fwd(Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor? active,"
-    " Tensor? class_weight, str problem, float label_smoothing, int ignore_index, bool gradient)"
+    " Tensor? class_weight, str problem, float label_smoothing, int ignore_index, bool gradient, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     forward,
     _fake_forward,
@@ -181,7 +187,7 @@ run_forward: Callable[..., Any] = define(
 run_backward: Callable[..., Any] = define(
     "fastkit_products",
     "multihead_loss_bwd(Tensor g_loss, Tensor dz, Tensor x, Tensor weight, Tensor target, Tensor? active,"
-    " str problem, int ignore_index, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    " str problem, int ignore_index, bool[] needs, str impl) -> (Tensor, Tensor, Tensor)",
     backward,
     _fake_backward,
 )
