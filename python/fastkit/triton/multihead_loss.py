@@ -90,7 +90,7 @@ def multihead_loss_forward(
         bias += h * C
         dz += h * C * B
         row, lane = tl.arange(0, BB), tl.arange(0, BC)
-        cw_total = C.to(tl.float32)
+        cw_total = C * 1.0
         if WEIGHTED:
             parts = tl.zeros([BC], tl.float32)
             for c in range(0, C, BC):
@@ -107,9 +107,9 @@ def multihead_loss_forward(
         total = tl.sum(divisor, axis=0)
         share = 1.0 / tl.where(total > 0.0, total, 1.0)
         if PROBLEM == 1:
-            share = 1.0 / (B * C).to(tl.float32)
+            share = 1.0 / (B * C * 1.0)
         if PROBLEM == 2:
-            share = 1.0 / B.to(tl.float32)
+            share = 1.0 / (B * 1.0)
 
         losses = tl.zeros([BB], tl.float32)
         rights = tl.zeros([BB], tl.int64)
@@ -350,8 +350,8 @@ def forward(
     with torch.cuda.device_of(x):
         multihead_loss_forward[(H,)](
             loss, correct, count, dz, x, weight.contiguous(), bias.contiguous(), target.contiguous(),
-            _or(class_weight, loss).float().contiguous(), _or(active, loss), B, C, D, x.stride(0), ignore_index,
-            label_smoothing, PROBLEM=PROBLEMS[problem], MASKED=active is not None,
+            _or(class_weight, loss).float().contiguous(), _or(active, loss), B, C, D, x.stride(0),
+            ignore_index, label_smoothing, PROBLEM=PROBLEMS[problem], MASKED=active is not None,
             WEIGHTED=class_weight is not None, GRADIENT=gradient, **forward_options(C),
         )  # fmt: skip
     return loss, correct, count, dz
