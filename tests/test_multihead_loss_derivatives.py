@@ -252,6 +252,8 @@ def test_gradients_have_the_dtypes_of_their_arguments(case, dtype, impl):
         arguments["bias"] = arguments["bias"].to(bias)
         call, leaves = call_of(arguments, impl=impl)
         assert call(*leaves).dtype == FLOAT
+        found = multihead_loss(**(arguments | dict(zip(NAMES, leaves, strict=True))), impl=impl)
+        assert not (found.correct.requires_grad or found.count.requires_grad)
         gradients = gradients_of(call, leaves)
         assert [g.dtype for g in gradients] == [dtype, dtype, bias]
         assert [g.shape for g in gradients] == [leaf.shape for leaf in leaves]

@@ -40,7 +40,8 @@ def results_of(impl, weight, **options):
 
 
 def noise(*shape, dtype=DOUBLE, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(dtype)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=DOUBLE).to(dtype)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -243,7 +244,7 @@ def test_cosines_do_not_see_the_sizes_of_rows(dtype, kind, impl):
 @pytest.mark.parametrize("centers", [False, True])
 def test_the_order_of_heads_and_of_classes_is_no_matter(centers, kind, impl):
     weight = noise(150, 3, 8)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     heads, classes = torch.randperm(150, generator=generator), torch.tensor([2, 0, 1])
     penalty, gradient = results_of(impl, weight, kind=kind, center_classes=centers)
     moved = results_of(impl, weight[heads][:, classes], kind=kind, center_classes=centers)

@@ -95,16 +95,16 @@ def expected_results(inputs: Inputs, options: dict[str, Any]) -> dict[str, Expec
     )
     gradients = torch.autograd.grad(found.loss, leaves, g_loss)
 
-    on = torch.ones(len(weight), dtype=torch.bool) if active is None else active
+    on = x.new_ones(len(weight), dtype=torch.bool) if active is None else active
     w, b, g = weight.detach()[on], bias.detach()[on], g_loss[on]
-    cw = torch.ones(weight.shape[1], dtype=torch.float64) if class_weight is None else class_weight
+    cw = x.new_ones(weight.shape[1]) if class_weight is None else class_weight
     u = torch.finfo(torch.promote_types(stored, torch.float32)).eps / 2
     problem = options.get("problem", "single_label")
     if problem == "single_label":
         taken = target != options.get("ignore_index", -100)
         of = _of_single_label(x.detach()[taken], w, b, target[taken], cw, options, u)
     else:
-        taken = torch.ones(len(x), dtype=torch.bool)
+        taken = x.new_ones(len(x), dtype=torch.bool)
         of_problem = _of_multi_label if problem == "multi_label" else _of_regression
         of = of_problem(x.detach(), w, b, target, cw, u)
 
@@ -124,7 +124,7 @@ def expected_results(inputs: Inputs, options: dict[str, Any]) -> dict[str, Expec
     results = {
         "loss": _rounded(found.loss.detach(), among(of.error_loss, on), g_loss.dtype, stored),
         "correct": Expected(found.correct, among(of.undecided.double(), on)),
-        "count": Expected(found.count, torch.zeros(())),
+        "count": Expected(found.count, found.count.new_zeros(())),
     }
     for name, value, budget in zip(("x", "weight", "bias"), gradients, budgets, strict=True):
         results[f"g{name}"] = _rounded(value, budget, of_bias if name == "bias" else stored, stored)
@@ -159,7 +159,7 @@ def _of_single_label(
     h, e = (1 - smoothing) * share * of_rows, smoothing / C * share
     a = h + cw.sum() * e
     of_coefficients = u * (B + C + 8)
-    hit = torch.zeros(B, C, dtype=torch.float64).scatter_(1, target[:, None], 1.0)
+    hit = z.new_zeros(B, C).scatter_(1, target[:, None], 1.0)
     lse = z.logsumexp(2)
     p = (z - lse.unsqueeze(2)).exp()
     most = z.amax(2) if B else lse
@@ -204,7 +204,7 @@ def _of_regression(x: Tensor, w: Tensor, b: Tensor, target: Tensor, _: Tensor, u
     error = error + u * far.abs()
     errors = 2 * far.abs() * error + error.square() + u * (B / 2 + 8) * far.square()
     dz, error_dz = 2 / B * far, 2 / B * (error + 4 * u * far.abs())
-    return _Errors(errors.sum((1, 2)) / B, dz, error_dz, torch.zeros(len(w)))
+    return _Errors(errors.sum((1, 2)) / B, dz, error_dz, w.new_zeros(len(w)))
 
 
 def _rounded(value: Tensor, budget: Tensor, dtype: torch.dtype, stored: torch.dtype) -> Expected:
@@ -286,7 +286,7 @@ def expected_penalty(heads: Heads, options: dict[str, Any]) -> tuple[dict[str, E
         mean = w.mean(0)
         error = u * ((C + 1) * w.abs().mean(0) + (w - mean).abs())
         w = w - mean
-    norm, of_norm, held = None, torch.zeros(()), torch.zeros((), dtype=torch.bool)
+    norm, of_norm, held = None, w.new_zeros(()), w.new_zeros((), dtype=torch.bool)
     if kind.startswith("cos_"):
         norm = torch.linalg.vector_norm(w, dim=2, keepdim=True)
         held = norm <= LEAST_NORM
@@ -315,7 +315,7 @@ def expected_penalty(heads: Heads, options: dict[str, Any]) -> tuple[dict[str, E
             )
         else:
             rho, error_rho, slope, error_slope = away, error_gram, (away > 0).double(), 2.0 * in_doubt
-    apart = 1 - torch.eye(K, dtype=torch.float64)
+    apart = 1 - torch.eye(K, dtype=torch.float64, device=w.device)
     slope, error_slope = slope * apart, error_slope * apart
     pairs = ((error_rho + 4 * u * rho) * apart).sum() / 2
     # A row's sum runs over as few as two lanes, that of C K rows over parts of at most 64.
