@@ -121,7 +121,8 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "bool applies) -> ()");
 
   // Of the logits z (H,C,B) of each head: its loss (H), and what it has right (H). target: (B) int64 with coefficients
-  // (3,B), a lse - b z[target] - c sum w z for each row; or what is wanted, (C,B). gradient: dz takes the place of z.
+  // (3,B), a lse - b z[target] - c sum w z for each row, none where it is the least int64; or what is wanted, (C,B).
+  // gradient: dz takes the place of z.
   m.def(
       "multihead_loss_rows_(Tensor(a!) z, Tensor target, Tensor? coefficients, Tensor? class_weight, float scale, "
       "str problem, bool gradient, Tensor(b!) loss, Tensor(c!) correct) -> ()");

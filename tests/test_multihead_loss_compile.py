@@ -55,14 +55,14 @@ def assert_all_equal(results, expected):
 
 def forward_call(inputs, problem, gradient=True):
     smoothing = 0.1 if problem == "single_label" else 0.0
-    return [*inputs, problem, smoothing, -100, gradient]
+    return [*inputs, problem, smoothing, -100, gradient, "cpu"]
 
 
 def backward_call(inputs, problem, needs=(True, True, True)):
     x, weight, _, target, active, _ = inputs
     *_, dz = PRODUCTS.multihead_loss_fwd(*forward_call(inputs, problem))
     g_loss = torch.linspace(1, 2, len(weight), dtype=dz.dtype)
-    return [g_loss, dz, x, weight, target, active, problem, -100, list(needs)]
+    return [g_loss, dz, x, weight, target, active, problem, -100, list(needs), "cpu"]
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -99,7 +99,7 @@ def test_opcheck_where_no_head_is_active(native):
     inputs[4] = torch.zeros_like(inputs[4])
     opcheck(PRODUCTS.multihead_loss_fwd.default, forward_call(inputs, "single_label"), test_utils=CHECKS)
     opcheck(PRODUCTS.multihead_loss_bwd.default, backward_call(inputs, "single_label"), test_utils=CHECKS)
-    call = [inputs[1], "cos_abs", 0.01, inputs[4], True, True]
+    call = [inputs[1], "cos_abs", 0.01, inputs[4], True, True, "cpu"]
     opcheck(PRODUCTS.orthogonality_penalty_fwd.default, call, test_utils=CHECKS)
 
 
@@ -108,7 +108,7 @@ def test_opcheck_where_no_head_is_active(native):
 def test_opcheck_of_the_products_of_the_penalty(native, gradient, kind):
     for dtype, everything in ((FLOAT, True), (DOUBLE, False), (BFLOAT, True), (HALF, False)):
         _, weight, _, _, active, _ = inputs_of("single_label", dtype=dtype, everything=everything)
-        call = [weight, kind, 0.01, active, everything, gradient]
+        call = [weight, kind, 0.01, active, everything, gradient, "cpu"]
         checks = TRACED if dtype == FLOAT and gradient else CHECKS
         opcheck(PRODUCTS.orthogonality_penalty_fwd.default, call, test_utils=checks)
 

@@ -219,7 +219,7 @@ def test_products_of_no_gradient_that_is_wanted_are_not_formed(native, names, mo
     backward = multihead_loss_products.run_backward
 
     def counted(*args):
-        asked.append(args[-1])
+        asked.append(args[-2])
         return backward(*args)
 
     monkeypatch.setattr("fastkit.ops.multihead_loss_autograd.run_backward", counted)
@@ -359,7 +359,7 @@ def test_no_gradient_is_formed_where_none_can_be_asked_for(case, context, native
         run = importlib.import_module(f"fastkit.ops.{module}").run_forward
 
         def counted(*args, run=run):
-            formed.append(args[-1])
+            formed.append(args[-2])
             return run(*args)
 
         monkeypatch.setattr(f"fastkit.ops.{module}.run_forward", counted)

@@ -512,7 +512,7 @@ def test_raw_kernels_take_nothing_at_all():
             single = problem == "single_label"
             call = rows_call(problem) | {
                 "z": zeros(H, C, B), "class_weight": None, "loss": torch.full((H,), 7.0),
-                "target": torch.zeros(B, dtype=torch.int64) if single else zeros(C, B),
+                "target": torch.full((B,), -(2**63)) if single else zeros(C, B),
                 "coefficients": zeros(3, B) if single else None,
                 "correct": torch.full((H,), 7, dtype=torch.int64),
             }  # fmt: skip

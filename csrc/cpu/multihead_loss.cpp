@@ -59,9 +59,10 @@ FASTKIT_INLINE void single_label_lanes(const MultiheadRows<T>& p, T* z, int64_t 
   const Vec<T> of_p = lanes.read(p.coefficients + b), of_target = lanes.read(p.coefficients + p.rows + b),
                of_each = lanes.read(p.coefficients + 2 * p.rows + b);
   bool smooths = false;
-  Vec<T> target_z{};
+  Vec<T> target_z{}, counted{};
   for (int i = 0; i < lanes.n; ++i) {
     const int64_t t = p.target[b + i];
+    counted[i] = t != kIgnoredTarget;
     target_z[i] = t >= 0 && t < p.classes ? z[t * p.rows + b + i] : static_cast<T>(__builtin_nan(""));
     smooths |= of_each[i] != 0;
   }
@@ -82,7 +83,7 @@ FASTKIT_INLINE void single_label_lanes(const MultiheadRows<T>& p, T* z, int64_t 
     lse[i] = (infinite ? best[i] : shift[i]) + std::log(sum[i]);
     if (infinite) sum[i] = static_cast<T>(__builtin_nan(""));
   }
-  const auto counts = (of_p != zero) | (of_target != zero) | (of_each != zero);
+  const auto counts = counted > zero;
   found.loss += counts ? of_p * lse - of_target * target_z - of_each * weighted : zero;
   for (int i = 0; i < lanes.n; ++i) {
     found.correct += nan[i] == 0 && counts[i] && place[i] == static_cast<T>(p.target[b + i]);

@@ -15,12 +15,14 @@
 
 namespace fastkit {
 
+inline constexpr int64_t kIgnoredTarget = INT64_MIN;  // of a row that does not count
+
 template <class T>
 struct MultiheadRows {
   int64_t classes = 0, rows = 0;
   T* z = nullptr;                    // (heads, classes, rows); where a gradient is wanted, dz takes its place
-  const int64_t* target = nullptr;   // (rows), of a single label: of any value
-  const T* coefficients = nullptr;   // (3, rows), of a single label: a, b, c; where all are 0, the row does not count
+  const int64_t* target = nullptr;   // (rows), of a single label: of any value, or kIgnoredTarget
+  const T* coefficients = nullptr;   // (3, rows), of a single label: a, b, c
   const T* wanted = nullptr;         // (classes, rows), of the other two
   const T* class_weight = nullptr;   // (classes); null: 1 each
   T scale = 0;                       // of the other two

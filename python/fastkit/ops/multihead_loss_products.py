@@ -19,6 +19,8 @@ from fastkit._autograd import without_autocast
 from fastkit.ops._checks import arithmetic, check_one_device
 from fastkit.ops._define import define
 
+_IGNORED = -(2**63)  # for the kernel: the target of a row that does not count
+
 if _native.REASON is None:
 
     @torch.library.register_fake("fastkit::multihead_loss_rows_")
@@ -58,6 +60,7 @@ def forward(
             target = target.long().contiguous()
             counts = target != ignore_index
             coefficients, count = _coefficients(target, counts, classes, of_classes, label_smoothing, dtype)
+            target = target.clamp(-1, classes).masked_fill(~counts, _IGNORED)  # -1 and C are no class
         else:
             wanted = target if problem == "regression" else target.T
             target = wanted.to(dtype).contiguous()
