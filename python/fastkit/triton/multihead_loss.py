@@ -134,6 +134,7 @@ def multihead_loss_forward(
             place = tl.zeros([BB], tl.int64)
             target_z = tl.full([BB], float("nan"), tl.float32)
             weighted = tl.zeros([BB], tl.float32)
+            z = tl.zeros([BB, BC], tl.float32)
             for c in range(0, C, BC):
                 classes = c + lane
                 c_in = lane < C - c
@@ -322,15 +323,15 @@ def multihead_loss_slopes(
 def forward_options(classes: int) -> dict[str, Any]:
     """Classes are one tile where they fit 64."""
     tile = max(16, min(triton.next_power_of_2(classes), 64))
-    return {"BB": 32, "BC": tile, "BD": 64, "SINGLE": classes <= tile, "num_warps": 4}
+    return {"BB": 16, "BC": tile, "BD": 64, "SINGLE": classes <= tile, "num_warps": 4}
 
 
 def weights_options(classes: int) -> dict[str, Any]:
-    return {"BB": 32, "BC": max(16, min(triton.next_power_of_2(classes), 64)), "BD": 128, "num_warps": 4}
+    return {"BB": 16, "BC": max(16, min(triton.next_power_of_2(classes), 64)), "BD": 64, "num_warps": 4}
 
 
 def inputs_options() -> dict[str, Any]:
-    return {"BB": 32, "BK": 32, "BD": 64, "num_warps": 4}
+    return {"BB": 16, "BK": 16, "BD": 64, "num_warps": 4}
 
 
 def slopes_options() -> dict[str, Any]:
