@@ -112,7 +112,7 @@ def multihead_loss_forward(
             share = 1.0 / (B * 1.0)
 
         losses = tl.zeros([BB], tl.float32)
-        rights = tl.zeros([BB], tl.int64)
+        rights = tl.zeros([BB], tl.int32)
         for b in range(0, B, BB):
             rows = (b + row).to(tl.int64)
             inside = row < B - b
@@ -125,13 +125,14 @@ def multihead_loss_forward(
             if PROBLEM == 2:
                 wanted = tl.load(target + rows, mask=inside, other=0.0).to(tl.float32)
             known = counts & (t >= 0) & (t < C)
+            t = tl.where(known, t, -1).to(tl.int32)
             of_row = tl.where(counts, 1.0, 0.0)
             if WEIGHTED and PROBLEM == 0:
                 of_row = tl.load(class_weight + t, mask=known, other=0.0)
             m = tl.full([BB], LEAST, tl.float32)
             s = tl.zeros([BB], tl.float32)
             best = tl.full([BB], -float("inf"), tl.float32)
-            place = tl.zeros([BB], tl.int64)
+            place = tl.zeros([BB], tl.int32)
             target_z = tl.full([BB], float("nan"), tl.float32)
             weighted = tl.zeros([BB], tl.float32)
             z = tl.zeros([BB, BC], tl.float32)
@@ -144,7 +145,7 @@ def multihead_loss_forward(
                 if PROBLEM == 0:
                     value = tl.where(c_in[None, :], z, -float("inf"))
                     top = tl.max(value, axis=1)
-                    first = tl.argmax(value, axis=1, tie_break_left=True).to(tl.int64) + c
+                    first = tl.argmax(value, axis=1, tie_break_left=True) + c
                     place = tl.where(top > best, first, place)
                     best = tl.where(top > best, top, best)
                     shift = tl.where(top > m, top, m)
@@ -174,7 +175,7 @@ def multihead_loss_forward(
                         slope = tl.where(z > 0.0, 1.0, e) / (1.0 + e) - y
                         slope = tl.where(z == z, slope, z)
                         right = ((z > 0.0) == (y > 0.5)) & (z == z) & both
-                        rights += tl.sum(right.to(tl.int64), axis=1)
+                        rights += tl.sum(right.to(tl.int32), axis=1)
                     else:
                         far = z - wanted[:, None]
                         each = far * far
@@ -190,7 +191,7 @@ def multihead_loss_forward(
                 each = tl.where(known, each, float("nan"))
                 losses += tl.where(counts, each, 0.0)
                 right = known & (place == t) & (s == s)
-                rights += right.to(tl.int64)
+                rights += right.to(tl.int32)
                 if GRADIENT:
                     of_p = of_target + of_each * cw_total
                     if not SINGLE:
@@ -211,7 +212,7 @@ def multihead_loss_forward(
                         g = tl.where(counts[:, None], g, 0.0)
                         tl.store(at, g, mask=inside[:, None] & c_in[None, :])
         tl.store(loss + h, tl.sum(losses, axis=0) * share)
-        tl.store(correct + h, tl.sum(rights, axis=0))
+        tl.store(correct + h, tl.sum(rights, axis=0).to(tl.int64))
     else:
         tl.store(loss + h, 0.0)
         tl.store(correct + h, 0)
@@ -331,7 +332,7 @@ def weights_options(classes: int) -> dict[str, Any]:
 
 
 def inputs_options() -> dict[str, Any]:
-    return {"BB": 16, "BK": 16, "BD": 64, "num_warps": 4}
+    return {"BB": 16, "BK": 16, "BD": 64, "num_warps": 8}
 
 
 def slopes_options() -> dict[str, Any]:
