@@ -77,8 +77,8 @@ BYTES: dict[str, str] = {
 
 # Why it has a stack, on the architectures where it does.
 STACKS: dict[str, str] = {
-    "multihead_loss_forward": "8 numbers a thread on sm_80, where classes take several tiles and are weighted;"
-    " ptxas keeps 168 registers of 255 there, for one program more on a processor",
+    "multihead_loss_forward": "8 numbers a thread, on sm_80, of weighted classes in several tiles;"
+    " ptxas takes 168 registers of 255",
 }
 
 
