@@ -77,8 +77,7 @@ BYTES: dict[str, str] = {
 
 # Why it has a stack, on the architectures where it does.
 STACKS: dict[str, str] = {
-    "multihead_loss_forward": "8 numbers a thread, on sm_80, of weighted classes in several tiles;"
-    " ptxas takes 168 registers of 255",
+    "multihead_loss_forward": "8 numbers a thread, on sm_80, of weighted classes in several tiles",
 }
 
 
