@@ -73,8 +73,8 @@ def multihead_loss(
             requires grad.
         TypeError: an argument is no dense tensor or number, or its dtype is not as above.
         RuntimeError: ``impl`` cannot run here, tensors are on different devices, or on a CPU a target is no
-            class, or a class weight negative or not finite. (On a GPU, and while compiling, that is not looked
-            at: a target that is no class makes the losses NaN.)
+            class, or a class weight negative or not finite. (On a GPU, and while compiling, that is not
+            looked at: a target that is no class makes the losses NaN.)
 
     Numerics: logits, softmax and sums are in float32 for half precision, else in the dtype of x, whatever
     autocast does to x and weight. On a CPU a share below e^-87 (float64: e^-708) is 0. Deterministic; another
