@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from fastkit.methods.multiverse import HeadEliminator, MultiverseForSequenceClassification
+from fastkit.methods.multiverse import HeadEliminator
+
+if TYPE_CHECKING:
+    from fastkit.methods.multiverse import MultiverseForSequenceClassification
 
 _OP = "EliminationCallback"
 _TENSORS = {"active": torch.bool, "average": torch.float64, "pending": torch.float64}
@@ -113,6 +116,9 @@ class EliminationCallback(TrainerCallback, ExportableState):
 
 def model_of(model: nn.Module) -> MultiverseForSequenceClassification:
     """The one with many heads, which PEFT and others may have wrapped."""
+    # Here, so that a Trainer without such a model does not import what this one needs.
+    from fastkit.methods.multiverse import MultiverseForSequenceClassification
+
     for module in model.modules():
         if isinstance(module, MultiverseForSequenceClassification):
             return module
