@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
 
 from fastkit.reference.multihead_loss import Problem
 
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 HEAD_OPTIONS = (
     "num_heads", "ortho", "ortho_weight", "huber_width", "center_classes", "head_reduction", "inference",
     "init", "allow_overcomplete", "label_smoothing",
@@ -38,6 +39,7 @@ class MultiverseConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["head_losses", "correct", "count", "penalty"]
 
     base: dict[str, Any] | PreTrainedConfig | None = None
+    problem_type: ProblemType | None = None
     num_heads: int = 128
     ortho: str | None = "abs"
     ortho_weight: float = 0.005

@@ -134,10 +134,17 @@ class HeadEliminator:
                 f"{_OP}: process_group must be a torch.distributed.ProcessGroup, 'default' or None, got"
                 f" {type(process_group).__name__}"
             )
-        self.num_heads, self.total_steps, self.min_heads = num_heads, total_steps, min_heads
-        self.score, self.policy = score, policy
-        self.beta, self.margin, self.fraction = float(beta), float(margin), float(fraction)
-        self.interval, self.start, self.stop = interval, start, stop
+        self.num_heads: int = num_heads
+        self.total_steps: int = total_steps
+        self.score: Score = score
+        self.beta: float = float(beta)
+        self.policy: Policy = policy
+        self.margin: float = float(margin)
+        self.fraction: float = float(fraction)
+        self.interval: int = interval
+        self.start: int = start
+        self.stop: int = stop
+        self.min_heads: int = min_heads
         self._process_group = process_group
         self._steps = 0
         self._active = [True] * num_heads
