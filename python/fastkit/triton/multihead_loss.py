@@ -12,8 +12,7 @@ Decomposition. ``multihead_loss_forward`` owns a head, and passes through the ro
 that is not active it writes zeros and ends. A head's classes fit one tile, or are passed through twice, with
 z in the place of dz between. ``multihead_loss_weights`` owns a tile of a head's gradient, and
 ``multihead_loss_inputs`` one of gx, over all heads and classes in one sum. ``multihead_loss_slopes`` owns a
-row of a Gram matrix, which a product of PyTorch's has made, and another takes. So forward and backward of
-losses and penalty are nine launches, and nothing is read back: they can be captured.
+row of a Gram matrix, which a product of PyTorch's has made, and another takes. Nothing is read back.
 
 Bytes. forward: the element sizes of x for each head (from a cache), W and, with a gradient, 4 C B a head
 written; weights: dz, x and W's size written; inputs: dz and W; slopes: 4 read and 4 written a pair.
