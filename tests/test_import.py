@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastkit
+from fastkit.__main__ import RECIPES
 
 pytestmark = pytest.mark.native
 
@@ -41,6 +42,12 @@ def brought(run_script, module, first="torch"):
 def test_import_brings_nothing_but_torch(run_script, module):
     """No triton, no transformers, no PEFT, nothing that torch has not loaded."""
     assert brought(run_script, module) == {"fastkit"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_brings_nothing_that_it_may_have_to_ask_for(run_script, recipe):
+    """What it needs and does not find it says in words, when it is run."""
+    assert brought(run_script, f"fastkit.recipes.{recipe}") <= {"fastkit", "numpy"}
 
 
 def test_the_callback_brings_nothing_but_transformers(run_script):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkit._command import Refusal, positive, positive_number, require
 from fastkit._threads import threads
-from fastkit.methods.multiverse import HeadEliminator, MultiverseForSequenceClassification
+from fastkit.methods import multiverse  # whose model, imported when asked for, needs transformers
 from fastkit.recipes import _glue, _multiverse_transfer, _options, _tokens
 from fastkit.recipes._encoder import Encoder, encoder, quiet
 from fastkit.recipes._encoder import facts as encoder_facts
@@ -52,10 +52,10 @@ QUESTIONS = (
 _WATCHED = 256  # rows of which agreement is watched
 
 
-def load_classifier(path: Path) -> MultiverseForSequenceClassification:
+def load_classifier(path: Path) -> multiverse.MultiverseForSequenceClassification:
     """The model of a folder ``models/test-ARM-SEED``, in eval."""
     with quiet():
-        return MultiverseForSequenceClassification.from_pretrained(path).eval()
+        return multiverse.MultiverseForSequenceClassification.from_pretrained(path).eval()
 
 
 class Data(NamedTuple):
@@ -88,15 +88,15 @@ class Training:
         self.steps: int = config["steps"]
         count = heads if arm.heads else 1
         with quiet():
-            model = MultiverseForSequenceClassification.from_base(
+            model = multiverse.MultiverseForSequenceClassification.from_base(
                 base.classifier(data.task.classes),  # pyright: ignore[reportArgumentType]
                 num_heads=count,
                 ortho=config["ortho"] if arm.ortho else None,
                 ortho_weight=config["ortho_weight"],
             )
-        self.model: MultiverseForSequenceClassification = model
+        self.model: multiverse.MultiverseForSequenceClassification = model
         self.model.to(device)  # pyright: ignore[reportArgumentType]
-        self.eliminator: HeadEliminator = HeadEliminator(
+        self.eliminator: multiverse.HeadEliminator = multiverse.HeadEliminator(
             count,
             total_steps=self.steps,
             policy=config["policy"] if arm.eliminates else "none",
@@ -317,7 +317,7 @@ def _check_heads(base: Encoder, task: Task, heads: int) -> None:
     with seeded(0):
         classifier: Any = base.classifier(task.classes)
         try:
-            MultiverseForSequenceClassification.from_base(classifier, num_heads=heads)
+            multiverse.MultiverseForSequenceClassification.from_base(classifier, num_heads=heads)
         except ValueError as error:
             raise Refusal(
                 f"--heads must be as many as fit --model, a classifier that ends in a linear layer ({error})"
