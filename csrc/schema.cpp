@@ -120,16 +120,21 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
       "float alive_eps, float max_scale, str nonfinite, Tensor? grad_scales, Tensor? found_inf, int first, "
       "bool applies) -> ()");
 
-  // Of the logits z (H,C,B) of each head: its loss (H), and what it has right (H). target: (B) int64 with coefficients
-  // (3,B), a lse - b z[target] - c sum w z for each row, none where it is the least int64; or what is wanted, (C,B).
-  // gradient: dz takes the place of z.
+  // Of x (B,D), weight (H,C,D) and bias (H,C): logits z (H,C,B), of each head its loss (H) and what it has right (H), and
+  // out of how many, count (). target: (B) int64, of a single label; wanted (C,B), of the others. gradient: dz takes the
+  // place of z.
   m.def(
-      "multihead_loss_rows_(Tensor(a!) z, Tensor target, Tensor? coefficients, Tensor? class_weight, float scale, "
-      "str problem, bool gradient, Tensor(b!) loss, Tensor(c!) correct) -> ()");
-  // Of some rows of a Gram matrix from the diagonal to the right, (n,m): sums (n) of rho over what is to the right of
-  // it. gradient: its slope takes the place of each entry, and 0 that of the diagonal's.
+      "multihead_loss_fwd_(Tensor x, Tensor weight, Tensor bias, Tensor? target, Tensor? wanted, Tensor? class_weight, "
+      "str problem, float label_smoothing, int ignore_index, bool gradient, Tensor(a!) z, Tensor(b!) loss, "
+      "Tensor(c!) correct, Tensor(d!) count) -> ()");
+  // The gradients of the sum of g_loss (H) times the losses to x, weight and bias, those that are given.
   m.def(
-      "multihead_loss_penalty_rows_(Tensor(a!) gram, str kind, float width, bool gradient, Tensor(b!) sums) -> ()");
+      "multihead_loss_bwd_(Tensor g_loss, Tensor dz, Tensor x, Tensor weight, Tensor? target, int ignore_index, "
+      "Tensor(a!)? g_x, Tensor(b!)? g_weight, Tensor(c!)? g_bias) -> ()");
+  // Of rows (H,C,D): sums (C,H) of rho of the products of each with later heads' of its class, and the gradient (H,C,D)
+  // of all sums.
+  m.def(
+      "multihead_loss_penalty_(Tensor rows, str kind, float width, Tensor(a!) sums, Tensor(b!)? gradient) -> ()");
 
   // The orthogonal factors of m (B,P,Q), P >= Q, and whether they have become orthogonal (B). Steps, three numbers each:
   // x (a + b x^2) / (1 + c x^2) of each singular value x, then x (c0 + c1 x^2 + c2 x^4), which are taken again if needed.

@@ -406,54 +406,91 @@ def within(t, margin=67):
 
 def raw_call(problem, dtype, size, gradient, seed=0):
     """Arguments of the kernel, of noise; those of a single label have ignored rows and class weights."""
-    H, C, B = size
+    H, C, B, D = size
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
         return torch.rand(shape, generator=generator).to(dtype)
 
-    z = 4 * rand(H, C, B) - 2
+    target = wanted = None
     if problem == "single_label":
         target = torch.randint(C, (B,), generator=generator)
-        target[::3] = -(2**63)  # which is how the kernel is told
-        coefficients = rand(3, B).masked_fill(target < 0, 0.0)
-        others = [target, coefficients, rand(C), 1.0]
-    elif problem == "multi_label":
-        others = [rand(C, B), None, rand(C), 0.25]
+        target[::3] = -100
     else:
-        others = [rand(C, B), None, None, 0.5]
-    return [z, *others, problem, gradient, torch.empty(H, dtype=dtype), torch.empty(H, dtype=torch.int64)]
+        wanted = rand(C, B)
+    return {
+        "x": 4 * rand(B, D) - 2, "weight": rand(H, C, D) - 0.5, "bias": rand(H, C), "target": target,
+        "wanted": wanted, "class_weight": None if problem == "regression" else rand(C), "problem": problem,
+        "label_smoothing": 0.1, "ignore_index": -100, "gradient": gradient,
+        "z": torch.empty(H, C, B, dtype=dtype), "loss": torch.empty(H, dtype=dtype),
+        "correct": torch.empty(H, dtype=torch.int64), "count": torch.empty((), dtype=torch.int64),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+def raw_backward_call(forward):
+    """After a forward call with a gradient."""
+    x, weight = forward["x"], forward["weight"]
+    return {
+        "g_loss": torch.arange(len(weight)).to(x.dtype) - 1, "dz": forward["z"], "x": x, "weight": weight,
+        "target": forward["target"], "ignore_index": -100, "g_x": torch.empty_like(x),
+        "g_weight": torch.empty_like(weight), "g_bias": torch.empty_like(forward["bias"]),
+    }  # fmt: skip
+
+
+def writes_to(op, call, names):
+    """That these arguments are written to, each number of them, and nothing else, in them or beside them."""
+    placed = {n: within(t) if isinstance(t, torch.Tensor) else (t, None) for n, t in call.items()}
+    op(*(t for t, _ in placed.values()))
+    moved = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in call.items()}
+    for name in names:
+        moved[name].fill_(5)
+    op(*moved.values())
+    for name, (t, memory) in placed.items():
+        if memory is not None:
+            assert (memory[:67] == 7).all() and (memory[-67:] == 7).all(), name
+            assert torch.equal(t, moved[name] if name in names else call[name]), name
+
+
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT], ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_kernel_writes_to_what_is_its_own(native, problem, dtype, gradient):
-    """Losses, right rows, and the logits where a gradient is wanted; nothing beside them, and no more."""
-    for B, H in itertools.product((1, 3, 4, 7, 8, 15, 16, 17, 33), (1, 3)):
-        call = raw_call(problem, dtype, (H, 5, B), gradient)
-        placed = [within(t) if isinstance(t, torch.Tensor) else (t, None) for t in call]
-        RAW.multihead_loss_rows_(*(t for t, _ in placed))
-        RAW.multihead_loss_rows_(*(moved := [t.clone() if isinstance(t, torch.Tensor) else t for t in call]))
-        for place, ((t, memory), before, other) in enumerate(zip(placed, call, moved, strict=True)):
-            if memory is None:
-                continue
-            assert (memory[:67] == 7).all() and (memory[-67:] == 7).all(), place
-            written = place in (7, 8) or (place == 0 and gradient)
-            assert torch.equal(t, other if written else before), place
+def test_the_kernels_write_to_what_is_their_own(native, problem, dtype):
+    """Losses, right rows, logits; the gradients that are wanted; nothing beside them."""
+    for B, H, D in itertools.product((1, 3, 4, 8, 15, 17, 33, 65), (1, 3), (1, 8, 33, 70)):
+        for gradient in (False, True):
+            call = raw_call(problem, dtype, (H, 5, B, D), gradient)
+            writes_to(RAW.multihead_loss_fwd_, call, ("z", "loss", "correct", "count"))
+        RAW.multihead_loss_fwd_(*call.values())
+        back = raw_backward_call(call)
+        writes_to(RAW.multihead_loss_bwd_, back, ("g_x", "g_weight", "g_bias"))
+        for name in ("g_x", "g_weight", "g_bias"):
+            one = back | dict.fromkeys({"g_x", "g_weight", "g_bias"} - {name})
+            writes_to(RAW.multihead_loss_bwd_, one, (name,))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT], ids=str)
-def test_the_number_of_threads_changes_no_bit_of_the_kernel(native, dtype, problem):
+def test_the_number_of_threads_changes_no_bit_of_the_kernels(native, dtype, problem):
     results = []
     for count in (1, 2, 3, 2):
-        call = raw_call(problem, dtype, (50, 17, 33), True)
+        call = raw_call(problem, dtype, (50, 17, 33, 300), True)
+        back = raw_backward_call(call)
         with threads(count):
-            RAW.multihead_loss_rows_(*call)
-        results.append([call[0], call[7], call[8]])
+            RAW.multihead_loss_fwd_(*call.values())
+            RAW.multihead_loss_bwd_(*back.values())
+        results.append(
+            [call["z"], call["loss"], call["correct"], back["g_x"], back["g_weight"], back["g_bias"]]
+        )
     for other in results[1:]:
         assert_all_equal(other, results[0])
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, FLOAT], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 2, 800), (9, 300, 2, 31), (500, 7, 3, 65), (35, 20, 40, 33)], ids=str
+)
+def test_more_logits_and_rows_than_are_packed_at_a_time(dtype, size):
+    for problem in PROBLEMS:
+        run(size, problem, dtype, "cpu", inactive=size[1] > 1, ignored=problem == "single_label")
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -113,26 +113,24 @@ def test_opcheck_of_the_products_of_the_penalty(native, gradient, kind):
         opcheck(PRODUCTS.orthogonality_penalty_fwd.default, call, test_utils=checks)
 
 
-def rows_call(problem, dtype=FLOAT, gradient=True, weighted=True):
+def raw_calls(problem, dtype=FLOAT, gradient=True, weighted=True):
+    """Of the forward kernel and of the backward one."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape):
         return torch.rand(shape, generator=generator).to(dtype)
 
-    target = torch.tensor([3, -100, 0, 4, 2, 2, 1]) if problem == "single_label" else rand(5, 7)
-    coefficients = rand(3, 7) if problem == "single_label" else None
-    loss, correct = torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    return [
-        rand(2, 5, 7),
-        target,
-        coefficients,
-        rand(5) if weighted else None,
-        0.5,
-        problem,
-        gradient,
-        loss,
-        correct,
-    ]
+    single = problem == "single_label"
+    target = torch.tensor([3, -100, 0, 4, 2, 2, 1]) if single else None
+    x, weight, bias = rand(7, 4), rand(2, 5, 4), rand(2, 5)
+    integers = [torch.zeros(shape, dtype=torch.int64) for shape in (2, ())]
+    of_classes = rand(5) if weighted else None
+    forward = [
+        x, weight, bias, target, None if single else rand(5, 7), of_classes, problem, 0.1, -100, gradient,
+        rand(2, 5, 7), rand(2), *integers,
+    ]  # fmt: skip
+    gradients = [rand(7, 4), rand(2, 5, 4) if weighted else None, rand(2, 5)]
+    return forward, [rand(2), rand(2, 5, 7), x, weight, target, -100, *gradients]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
@@ -140,9 +138,10 @@ def rows_call(problem, dtype=FLOAT, gradient=True, weighted=True):
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_opcheck_of_the_kernels(native, problem, gradient, dtype):
     for weighted in (False, True):
-        call = rows_call(problem, dtype, gradient, weighted)
+        forward, backward = raw_calls(problem, dtype, gradient, weighted)
         checks = TRACED if dtype == FLOAT and gradient and weighted else CHECKS
-        opcheck(RAW.multihead_loss_rows_.default, call, test_utils=checks)
+        opcheck(RAW.multihead_loss_fwd_.default, forward, test_utils=checks)
+        opcheck(RAW.multihead_loss_bwd_.default, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
@@ -150,9 +149,9 @@ def test_opcheck_of_the_kernels(native, problem, gradient, dtype):
 def test_opcheck_of_the_kernel_of_the_penalty(native, gradient, dtype):
     for kind in ("abs", "squared", "huber"):
         checks = TRACED if dtype == FLOAT and gradient and kind == "huber" else CHECKS
-        gram = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-        call = [gram, kind, 0.5, gradient, torch.zeros(3, dtype=dtype)]
-        opcheck(RAW.multihead_loss_penalty_rows_.default, call, test_utils=checks)
+        rows = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+        call = [rows, kind, 0.5, torch.zeros(2, 3, dtype=dtype), torch.zeros_like(rows) if gradient else None]
+        opcheck(RAW.multihead_loss_penalty_.default, call, test_utils=checks)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -419,13 +419,25 @@ def test_takes_what_is_not_refused(impl):
 RAW = torch.ops.fastkit
 
 
-def rows_call(problem):
+def integers(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def forward_call(problem):
     single = problem == "single_label"
-    target = torch.zeros(3, dtype=torch.int64) if single else zeros(5, 3)
     return {
-        "z": zeros(2, 5, 3), "target": target, "coefficients": zeros(3, 3) if single else None,
-        "class_weight": zeros(5), "scale": 1.0, "problem": problem, "gradient": True, "loss": zeros(2),
-        "correct": zeros(2, dtype=torch.int64),
+        "x": zeros(3, 4), "weight": zeros(2, 5, 4), "bias": zeros(2, 5),
+        "target": integers(3) if single else None, "wanted": None if single else zeros(5, 3),
+        "class_weight": zeros(5), "problem": problem, "label_smoothing": 0.0, "ignore_index": -100,
+        "gradient": True, "z": zeros(2, 5, 3), "loss": zeros(2), "correct": integers(2), "count": integers(),
+    }  # fmt: skip
+
+
+def backward_call():
+    return {
+        "g_loss": zeros(2), "dz": zeros(2, 5, 3), "x": zeros(3, 4), "weight": zeros(2, 5, 4),
+        "target": integers(3), "ignore_index": -100, "g_x": zeros(3, 4), "g_weight": zeros(2, 5, 4),
+        "g_bias": zeros(2, 5),
     }  # fmt: skip
 
 
@@ -433,90 +445,110 @@ def dense(name, numel):
     return f"{name} must be dense, on the CPU, of {numel} elements of the dtype"
 
 
+def not_dense(t):
+    """Tensors of as many numbers, or of as many bytes, that are not what it must be."""
+    yield torch.cat([t.flatten(), t.flatten()[:1]])
+    yield t.to(torch.float64 if t.dtype != torch.float64 else torch.float32)
+    if t.numel() > 1:
+        yield t.new_zeros(2 * t.numel())[::2].view(-1)
+
+
+X_WORDS = r"x must have shape \(B, D\), on the CPU, where the features of a row are neighbours"
+
+
 @pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"z": zeros(5, 3)}, r"z must have shape \(H, C, B\)"),
-        ({"z": zeros(2, 5, 3, dtype=torch.int32)}, "z must be float32 or float64"),
-        ({"z": zeros(2, 5, 3, dtype=torch.bfloat16)}, "z must be float32 or float64"),
-        ({"z": zeros(2, 3, 5).mT}, "z must be dense and on the CPU"),
-        ({"z": zeros(1, 5, 3).expand(2, 5, 3)}, "z must be dense and on the CPU"),
-        ({"z": zeros(2, 5, 3, dtype=torch.float64)}, "must be dense, on the CPU, of 2 elements of the dtype"),
-        ({"z": zeros(2, 5, 4)}, "target must be dense, on the CPU, of"),
-        ({"z": zeros(3, 5, 3)}, dense("loss", 3)),
-        ({"z": zeros(2, 4, 3)}, dense("class_weight", 4)),
-        ({"loss": zeros(3)}, dense("loss", 2)),
-        ({"loss": zeros(2, dtype=torch.float64)}, dense("loss", 2)),
-        ({"loss": zeros(4)[::2]}, dense("loss", 2)),
-        ({"correct": zeros(1, dtype=torch.int64)}, dense("correct", 2)),
-        ({"correct": zeros(2, dtype=torch.int32)}, dense("correct", 2)),
-        ({"class_weight": zeros(4)}, dense("class_weight", 5)),
-        ({"class_weight": zeros(10)[::2]}, dense("class_weight", 5)),
-        ({"class_weight": zeros(5, dtype=torch.float64)}, dense("class_weight", 5)),
-        ({"target": zeros(2)}, "target must be dense, on the CPU, of"),
-        ({"target": zeros(2, dtype=torch.int64)}, "target must be dense, on the CPU, of"),
-        ({"target": zeros(5, 3, dtype=torch.float64)}, "target must be dense, on the CPU, of"),
-        ({"target": zeros(3, dtype=torch.int32)}, "target must be dense, on the CPU, of"),
-        ({"target": zeros(3, 5).T}, "target must be dense, on the CPU, of"),
-    ],
-)
-def test_the_raw_rows_refuse_what_is_not_safe(problem, changes, words):
-    with pytest.raises(RuntimeError, match=f"multihead_loss: .*{words}"):
-        RAW.multihead_loss_rows_(*(rows_call(problem) | changes).values())
+def test_the_raw_kernels_refuse_what_is_not_dense(problem):
+    for op, call in (
+        (RAW.multihead_loss_fwd_, forward_call(problem)),
+        (RAW.multihead_loss_bwd_, backward_call()),
+    ):
+        for name, t in call.items():
+            if name != "x" and isinstance(t, torch.Tensor):
+                for other in not_dense(t):
+                    words = f"({dense(name, t.numel())}|weight must have shape)"
+                    with pytest.raises(RuntimeError, match=f"multihead_loss: {words}"):
+                        op(*(call | {name: other}).values())
+        for wrong, words in (
+            (zeros(3, 4, dtype=torch.bfloat16), "x must be float32 or float64"),
+            (zeros(3, 4, dtype=torch.int32), "x must be float32 or float64"),
+            (zeros(3), X_WORDS),
+            (zeros(4, 3).T, X_WORDS),
+            (zeros(3, 5), dense("weight", 50)),
+            (zeros(3, 4, dtype=torch.float64), dense("weight", 40)),
+        ):
+            with pytest.raises(RuntimeError, match=f"multihead_loss: {words}"):
+                op(*(call | {"x": wrong}).values())
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"coefficients": None}, "coefficients must be there for a single label"),
-        ({"coefficients": zeros(2, 3)}, dense("coefficients", 9)),
-        ({"coefficients": zeros(3, 3, dtype=torch.float64)}, dense("coefficients", 9)),
-        ({"coefficients": zeros(3, 6)[:, ::2]}, dense("coefficients", 9)),
-        ({"problem": "several", "target": zeros(5, 3)}, "problem must be one of three"),
-        ({"problem": "", "target": zeros(5, 3)}, "problem must be one of three"),
+        ({"target": None}, "a single label has target, the other two have wanted"),
+        ({"wanted": zeros(5, 3)}, "a single label has target, the other two have wanted"),
+        ({"problem": "regression"}, "a single label has target, the other two have wanted"),
+        ({"problem": "several"}, "problem must be one of three"),
+        ({"problem": ""}, "problem must be one of three"),
     ],
 )
-def test_the_raw_rows_refuse_what_a_problem_has_not(changes, words):
+def test_the_raw_forward_refuses_what_a_problem_has_not(changes, words):
     with pytest.raises(RuntimeError, match=f"multihead_loss: {words}"):
-        RAW.multihead_loss_rows_(*(rows_call("single_label") | changes).values())
+        RAW.multihead_loss_fwd_(*(forward_call("single_label") | changes).values())
+
+
+ROWS_WORDS = r"rows must have shape \(H, C, D\), on the CPU, where the features of a row are neighbours"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gram": zeros(3)}, r"gram must have shape \(n, m\), n <= m"),
-        ({"gram": zeros(4, 3)}, r"gram must have shape \(n, m\), n <= m"),
-        ({"gram": zeros(3, 5, dtype=torch.float16)}, "gram must be float32 or float64"),
-        ({"gram": zeros(5, 3).T}, "gram must be dense and on the CPU"),
-        ({"gram": zeros(1, 5).expand(3, 5)}, "gram must be dense and on the CPU"),
-        ({"sums": zeros(2)}, dense("sums", 3)),
-        ({"sums": zeros(6)[::2]}, dense("sums", 3)),
-        ({"sums": zeros(3, dtype=torch.float64)}, dense("sums", 3)),
+        ({"rows": zeros(3)}, ROWS_WORDS),
+        ({"rows": zeros(3, 5, 2).mT}, ROWS_WORDS),
+        ({"rows": zeros(3, 2, 5, dtype=torch.float16)}, "rows must be float32 or float64"),
+        ({"sums": zeros(5)}, dense("sums", 6)),
+        ({"sums": zeros(12)[::2]}, dense("sums", 6)),
+        ({"sums": zeros(6, dtype=torch.float64)}, dense("sums", 6)),
+        ({"gradient": zeros(29)}, dense("gradient", 30)),
+        ({"gradient": zeros(2, 3, 5).transpose(0, 1)}, dense("gradient", 30)),
+        ({"gradient": zeros(3, 2, 5, dtype=torch.float64)}, dense("gradient", 30)),
         ({"kind": "cos_abs"}, "kind must be abs, squared, or huber with a width"),
         ({"kind": "huber", "width": 0.0}, "kind must be abs, squared, or huber with a width"),
         ({"kind": "huber", "width": -1.0}, "kind must be abs, squared, or huber with a width"),
         ({"kind": "huber", "width": float("nan")}, "kind must be abs, squared, or huber with a width"),
     ],
 )
-def test_the_raw_rows_of_the_penalty_refuse_what_is_not_safe(changes, words):
-    call = {"gram": zeros(3, 5), "kind": "abs", "width": 1.0, "gradient": True, "sums": zeros(3)}
+def test_the_raw_penalty_refuses_what_is_not_safe(changes, words):
+    call = {
+        "rows": zeros(3, 2, 5),
+        "kind": "abs",
+        "width": 1.0,
+        "sums": zeros(2, 3),
+        "gradient": zeros(3, 2, 5),
+    }
     with pytest.raises(RuntimeError, match=f"orthogonality_penalty: {words}"):
-        RAW.multihead_loss_penalty_rows_(*(call | changes).values())
+        RAW.multihead_loss_penalty_(*(call | changes).values())
 
 
 def test_raw_kernels_take_nothing_at_all():
-    """No head, no class, no row: no memory is touched, and losses of no row are 0."""
+    """No head, class, row or feature: no memory is touched, losses of no row are 0, as are the gradients."""
     for problem in ("single_label", "multi_label", "regression"):
-        for H, C, B in ((0, 5, 3), (2, 0, 3), (2, 5, 0)):
+        for H, C, B, D in ((0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)):
             single = problem == "single_label"
-            call = rows_call(problem) | {
-                "z": zeros(H, C, B), "class_weight": None, "loss": torch.full((H,), 7.0),
-                "target": torch.full((B,), -(2**63)) if single else zeros(C, B),
-                "coefficients": zeros(3, B) if single else None,
+            call = forward_call(problem) | {
+                "x": zeros(B, D), "weight": zeros(H, C, D), "bias": zeros(H, C), "class_weight": None,
+                "target": torch.full((B,), -100) if single else None,
+                "wanted": None if single else zeros(C, B), "z": zeros(H, C, B), "loss": torch.full((H,), 7.0),
                 "correct": torch.full((H,), 7, dtype=torch.int64),
             }  # fmt: skip
-            RAW.multihead_loss_rows_(*call.values())
-            assert not call["loss"].any() and not call["correct"].any()
-    RAW.multihead_loss_penalty_rows_(zeros(0, 5), "abs", 1.0, True, zeros(0))
-    RAW.multihead_loss_penalty_rows_(zeros(0, 0), "abs", 1.0, True, zeros(0))
+            RAW.multihead_loss_fwd_(*call.values())
+            if D > 0 or problem != "multi_label":  # where logits of 0 have a loss
+                assert not call["loss"].any()
+            assert call["count"] == (0 if single else B * C)
+            gradients = [torch.full(shape, 7.0) for shape in ((B, D), (H, C, D), (H, C))]
+            RAW.multihead_loss_bwd_(
+                zeros(H), zeros(H, C, B), call["x"], call["weight"], call["target"], -100, *gradients
+            )
+            assert not any(t.any() for t in gradients)
+    for H, C, D in ((0, 2, 3), (2, 0, 3), (2, 3, 0)):
+        sums, gradient = torch.full((C, H), 7.0), torch.full((H, C, D), 7.0)
+        RAW.multihead_loss_penalty_(zeros(H, C, D), "abs", 1.0, sums, gradient)
+        assert not sums.any() and not gradient.any()

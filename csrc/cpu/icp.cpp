@@ -12,30 +12,16 @@
 //            order, whatever the number of threads.
 #include "fastkit/icp.h"
 
-#include "cpu/simd.h"
+#include "cpu/products.h"
 #include "fastkit/philox.h"
 
 namespace fastkit::FASTKIT_ISA {
 namespace {
 
-constexpr int kVectors = 2;
 constexpr int kTile = kManyRegisters ? 8 : 6;  // kTile kVectors sums, beside kVectors vectors, in registers
-template <class T>
-constexpr int kWide = kVectors * kLanes<T>;
 constexpr int64_t kBlockBytes = int64_t{1} << 17;  // of mapped rows that panels are led past
-constexpr int64_t kGrain = int64_t{1} << 17;       // multiply-adds that are worth a thread
 template <class T>
 using Index = decltype(typename VectorOf<T>::index{}[0] + 0);
-
-// body(begin, end), of tasks of so many multiply-adds.
-template <class Body>
-void in_ranges(ParallelRanges parallel, int64_t tasks, int64_t products, Body&& body) {
-  const auto call = [](void* context, int64_t begin, int64_t end) {
-    ExactScope scope;
-    (*static_cast<Body*>(context))(begin, end);
-  };
-  parallel(kGrain / (products + 1) + 1, tasks, call, &body);
-}
 
 // --- products --------------------------------------------------------------------------------------------------------
 
@@ -48,12 +34,6 @@ struct Matrix {
   T* row(int64_t i) const { return data + i * stride; }
 };
 
-// The left side of a product: element (i, k) is data[i of_row + k of_k].
-template <class T>
-struct Left {
-  const T* data;
-  int64_t of_row, of_k;
-};
 template <class T>
 FASTKIT_INLINE Left<T> plain(const Matrix<T>& m) {
   return {m.data, m.stride, 1};
@@ -61,29 +41,6 @@ FASTKIT_INLINE Left<T> plain(const Matrix<T>& m) {
 template <class T>
 FASTKIT_INLINE Left<T> transposed(const Matrix<T>& m) {
   return {m.data, 1, m.stride};
-}
-
-template <int kRows, class T, class Emit>
-FASTKIT_INLINE void product_tile(const Left<T>& a, int64_t row, const Matrix<T>& b, int64_t column, int64_t depth,
-                                 const Emit& emit) {
-  const T* from = a.data + row * a.of_row;
-  Vec<T> sum[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> x[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) x[v] = load(b.row(k) + column + v * kLanes<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> factor = broadcast(from[r * a.of_row + k * a.of_k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(factor, x[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) emit(row + r, column + v * kLanes<T>, sum[r][v]);
-  }
 }
 
 // emit(row, column, sums) for all vectors of a b.
@@ -94,9 +51,15 @@ void multiply(const Left<T>& a, const Matrix<T>& b, int64_t rows, int64_t depth,
     const int64_t last = end * kTile < rows ? end * kTile : rows;
     for (int64_t column = 0; column < b.stride; column += kWide<T>) {
       int64_t row = begin * kTile;
-      for (; row + kTile <= last; row += kTile) product_tile<kTile>(a, row, b, column, depth, emit);
-      for (; row + kTile / 2 <= last; row += kTile / 2) product_tile<kTile / 2>(a, row, b, column, depth, emit);
-      for (; row < last; ++row) product_tile<1>(a, row, b, column, depth, emit);
+      const auto tile = [&]<int kRows>() __attribute__((always_inline)) {
+        product_tile<kRows>(a, row, b.data + column, b.stride, depth, [&](int r, int v, Vec<T> sum) {
+          emit(row + r, column + v * kLanes<T>, sum);
+        });
+        row += kRows;
+      };
+      while (row + kTile <= last) tile.template operator()<kTile>();
+      while (row + kTile / 2 <= last) tile.template operator()<kTile / 2>();
+      while (row < last) tile.template operator()<1>();
     }
   });
 }

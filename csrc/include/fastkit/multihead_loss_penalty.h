@@ -1,6 +1,7 @@
-// Kernel interface of orthogonality_penalty: a block of rows of a Gram matrix, from the diagonal to the right.
+// Kernel interface of orthogonality_penalty, of K heads of C classes of D features.
 //
-//   sums[r] = sum over j > r of rho(gram[r, j]);   gram[r, j] = rho'(gram[r, j]), 0 on the diagonal
+//   sums[c, h] = sum over g > h of rho(<rows[h, c], rows[g, c]>)
+//   gradient[h, c] = sum over g != h of rho'(<rows[h, c], rows[g, c]>) rows[g, c]
 //
 //   rho(t) = |t|,   t^2,   or of Huber  t^2 / (2 width) for |t| <= width, |t| - width / 2 beyond
 #pragma once
@@ -8,27 +9,33 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "fastkit/parallel.h"
 
 namespace fastkit {
 
 enum class PenaltyKind { abs, squared, huber };
 
 template <class T>
-struct PenaltyRows {
+struct PenaltyCall {
   PenaltyKind kind = PenaltyKind::abs;
   T width = 0;
-  int64_t columns = 0;
-  T* gram = nullptr;      // (rows, columns), dense, rows <= columns; gram[r, r] is on the diagonal
-  bool gradient = false;  // whether rho' takes its place
-  T* sums = nullptr;      // (rows)
+  int64_t heads = 0, classes = 0, columns = 0;
+  const T* rows = nullptr;  // of head h and class c: from h of_head + c of_class on
+  int64_t of_head = 0, of_class = 0;
+  T* sums = nullptr;      // (classes, heads)
+  T* gradient = nullptr;  // (heads, classes, columns), dense; or null
+  T* room = nullptr;      // as many numbers as room() says, from a cache line on
 };
 
 template <class T>
-using PenaltyFunction = void (*)(const PenaltyRows<T>&, int64_t begin, int64_t end);  // for rows [begin, end)
+struct PenaltyFunctions {
+  int64_t (*room)(const PenaltyCall<T>&);
+  void (*penalty)(const PenaltyCall<T>&, ParallelRanges);
+};
 
 struct MultiheadLossPenaltyKernels {
-  PenaltyFunction<float> f32;
-  PenaltyFunction<double> f64;
+  PenaltyFunctions<float> f32;
+  PenaltyFunctions<double> f64;
 };
 FASTKIT_TABLE(MultiheadLossPenaltyKernels, multihead_loss_penalty_kernels)
 

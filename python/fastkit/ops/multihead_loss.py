@@ -77,8 +77,8 @@ def multihead_loss(
             looked at: a target that is no class makes the losses NaN.)
 
     Numerics: logits, softmax and sums are in float32 for half precision, else in the dtype of x, whatever
-    autocast does to x and weight. On a CPU a share below e^-87 (float64: e^-708) is 0. Deterministic; another
-    number of threads may change last bits of the products.
+    autocast does to x and weight. On a CPU a share below e^-87 (float64: e^-708) is 0. Deterministic: on a
+    CPU whatever the number of threads.
 
     Support: all derivatives to x, weight and bias; ``torch.compile(fullgraph=True)``; ``torch.func``,
     ``torch.vmap`` and forward mode run the reference; autocast casts x, weight and bias as it does for

@@ -69,8 +69,9 @@ def orthogonality_penalty(
     ``torch.compile(fullgraph=True)``; ``torch.func``, ``torch.vmap`` and forward mode run the reference.
 
     Memory and work: with K active heads ``C K^2 D`` operations forward, ``3 C K^2 D`` with the gradient,
-    which is formed in forward (and some 128 / K more for the diagonal); blocks of 128 K products, which are
-    written over. A copy of the weight for cosines, centered classes, and where some heads are not active.
+    which is formed in forward. A copy of the weight, and slopes of some 200 heads with all, for as many
+    classes at a time as fill 4 MiB; one more copy for cosines, centered classes, and where some heads are not
+    active.
 
     Source: Littwin, Wolf, "The Multiverse Loss for Robust Transfer Learning", CVPR 2016, and Malkiel, Wolf,
     "Maximal Multiverse Learning for Promoting Cross-Task Generalization of Fine-Tuned Language Models",

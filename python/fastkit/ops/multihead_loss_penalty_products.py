@@ -1,10 +1,7 @@
-"""orthogonality_penalty on a CPU: a Gram matrix for each class, block by block, none of which is kept.
+"""orthogonality_penalty: the products of all pairs of heads, of which a block of rows at a time is in memory.
 
-A block of rows of a Gram matrix, from the diagonal to the right, is a product of the vendor's. The kernel
-sums rho of what is to the right of the diagonal, and puts the slope rho' in the place of each entry, in both
-triangles of the diagonal's own square; then two products add to the gradient, ``S W`` of the block's rows,
-and ``S^T W`` of those that come later. With blocks of n rows that is C K (3 K + n) D operations, where one
-product of all pairs and one of their slopes are 4 C K^2 D.
+The kernels sum rho of each product and put its slope rho' in its place, of which the gradient is one more
+product, ``dW = S W``. Here is what comes before and after: which heads, norms, centers.
 """
 
 from __future__ import annotations
@@ -23,11 +20,10 @@ from fastkit.ops.multihead_loss_products import places_of, triton_kernels
 from fastkit.reference.multihead_loss_penalty import LEAST_NORM
 
 _GRAM_BYTES = 64 << 20  # of the products of some heads with all, on a GPU
-_BLOCK = 128  # rows: 1000 columns are 512 KB, which a core's cache holds
 
 if _native.REASON is None:
 
-    @torch.library.register_fake("fastkit::multihead_loss_penalty_rows_")
+    @torch.library.register_fake("fastkit::multihead_loss_penalty_")
     def _(*_: Any) -> None:
         pass
 
@@ -56,9 +52,7 @@ def forward(
         if impl == "triton":
             triton_kernels().penalty(rows, kind, huber_width, sums, of_rows, _GRAM_BYTES)
         else:
-            for c in range(rows.shape[1]):
-                of_class = None if of_rows is None else of_rows[:, c]
-                _of_class(rows[:, c], kind, huber_width, sums[c], of_class)
+            torch.ops.fastkit.multihead_loss_penalty_.default(rows, kind, huber_width, sums, of_rows)
         penalty = sums.sum()
         if of_rows is None:
             return penalty, rows.new_empty(0)
@@ -71,32 +65,6 @@ def forward(
         if place is None:
             return penalty, of_rows
         return penalty, of_rows.new_zeros(weight.shape).index_copy_(0, place, of_rows)
-
-
-def _of_class(rows: Tensor, kind: str, width: float, sums: Tensor, gradient: Tensor | None) -> None:
-    """Of K rows: their sums of rho, and the gradient to them, written over what is there."""
-    count = len(rows)
-    room = rows.new_empty(min(_BLOCK, count) * count)
-    for begin in range(0, count, _BLOCK):
-        end = min(begin + _BLOCK, count)
-        here, onwards = rows[begin:end], rows[begin:]
-        gram = room[: (end - begin) * (count - begin)].view(end - begin, count - begin)
-        torch.mm(here, onwards.T, out=gram)
-        torch.ops.fastkit.multihead_loss_penalty_rows_.default(
-            gram, kind, width, gradient is not None, sums[begin:end]
-        )
-        if gradient is None:
-            continue
-        of_here, of_later = gradient[begin:end], gradient[end:]
-        later = gram[:, end - begin :].T
-        if begin == 0:
-            torch.mm(gram, onwards, out=of_here)
-            if end < count:
-                torch.mm(later, here, out=of_later)
-        else:
-            torch.addmm(of_here, gram, onwards, out=of_here)
-            if end < count:
-                torch.addmm(of_later, later, here, out=of_later)
 
 
 def _fake_forward(

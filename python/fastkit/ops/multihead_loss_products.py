@@ -1,8 +1,7 @@
-"""multihead_loss on a CPU: one product for the logits of all active heads, and two for their gradient.
+"""multihead_loss in its arithmetic: which heads, which dtype, and memory for the kernels.
 
-``z (K C, B) = weight (K C, D) x^T``: a head's rows of the batch are neighbours, over which the kernel goes
-with vectors. It forms ``dz``, the gradient of each head's loss to its logits, in their place; backward
-multiplies it by the gradients to the losses. 6 B K C D operations in all.
+They give, with the losses, ``dz``, the gradient of each head's loss to its logits; backward is two products
+of it. 6 B K C D operations in all.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ from fastkit._autograd import without_autocast
 from fastkit.ops._checks import arithmetic, check_one_device
 from fastkit.ops._define import define
 
-_IGNORED = -(2**63)  # for the kernel: the target of a row that does not count
-
 if _native.REASON is None:
 
-    @torch.library.register_fake("fastkit::multihead_loss_rows_")
+    @torch.library.register_fake("fastkit::multihead_loss_fwd_")
+    def _(*_: Any) -> None:
+        pass
+
+    @torch.library.register_fake("fastkit::multihead_loss_bwd_")
     def _(*_: Any) -> None:
         pass
 
@@ -45,110 +46,74 @@ def forward(
         )
     with torch.no_grad(), without_autocast(x):
         heads, classes, _ = weight.shape
-        rows, _ = _rows(x, target, problem, ignore_index)
-        dtype, batch, place = rows.dtype, len(rows), places_of(active)
-        chosen, of_chosen = (t if place is None else t[place] for t in (weight, bias))
-        room = rows.new_empty(heads * classes * batch)
-        z = room[: len(chosen) * classes * batch].view(-1, batch)
+        rows, place = _rows(x), places_of(active)
+        weight, bias = (_dense(t if place is None else t[place], rows.dtype) for t in (weight, bias))
+        room = rows.new_empty(heads * classes * len(rows))
+        z = room[: bias.numel() * len(rows)]
         if place is not None:
             room[z.numel() :].zero_()
-        torch.addmm(of_chosen.reshape(-1, 1).to(dtype), _matrix(chosen, dtype), rows.T, out=z)
-        of_classes = None if class_weight is None else class_weight.to(dtype).contiguous()
-        loss, correct = z.new_empty(len(chosen)), target.new_empty(len(chosen), dtype=torch.int64)
-        coefficients, scale = None, 1.0
+        loss, correct = rows.new_empty(len(bias)), rows.new_empty(len(bias), dtype=torch.int64)
+        count = rows.new_empty((), dtype=torch.int64)
+        labels = wanted = None
         if problem == "single_label":
-            target = target.long().contiguous()
-            counts = target != ignore_index
-            coefficients, count = _coefficients(target, counts, classes, of_classes, label_smoothing, dtype)
-            target = target.clamp(-1, classes).masked_fill(~counts, _IGNORED)  # -1 and C are no class
+            labels = _dense(target, torch.int64)
         else:
-            wanted = target if problem == "regression" else target.T
-            target = wanted.to(dtype).contiguous()
-            scale = 1 / target.numel()
-            count = torch.tensor(target.numel())
-        _kernel(
-            z.view(-1, classes, batch), target, coefficients, of_classes, scale, problem, gradient, loss,
-            correct,
+            wanted = _dense(target if problem == "regression" else target.T, rows.dtype)
+        of_classes = None if class_weight is None else _dense(class_weight, rows.dtype)
+        torch.ops.fastkit.multihead_loss_fwd_.default(
+            rows, weight, bias, labels, wanted, of_classes, problem, label_smoothing, ignore_index, gradient,
+            z, loss, correct, count,
         )  # fmt: skip
-        return (
-            _among(loss, place, heads),
-            _among(correct, place, heads),
-            count,
-            room if gradient else room[:0],
-        )
+        if place is not None:
+            loss, correct = _among(loss, place, heads), _among(correct, place, heads)
+        return loss, correct, count, room if gradient else room[:0]
 
 
 def backward(
     g_loss: Tensor, dz: Tensor, x: Tensor, weight: Tensor, target: Tensor, active: Tensor | None,
     problem: str, ignore_index: int, needs: list[bool], impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients to x, weight and bias, in the arithmetic's dtype; empty unless needed."""
     if impl == "triton":
         return triton_kernels().backward(g_loss, dz, x, weight, target, active, problem, ignore_index, needs)
     with torch.no_grad(), without_autocast(x):
-        heads, classes, columns = weight.shape
-        rows, ignored = _rows(x, target, problem, ignore_index)
-        batch, place = len(rows), places_of(active)
+        heads, rows, place = len(weight), _rows(x), places_of(active)
         if place is not None:
             g_loss, weight = g_loss[place], weight[place]
-        of_heads = dz[: len(weight) * classes * batch].view(len(weight), classes * batch)
-        g_z = (of_heads * g_loss.to(dz.dtype).unsqueeze(1)).view(-1, batch)
-        of_x, of_weight, of_bias = (rows.new_empty(0) for _ in range(3))
-        if needs[0]:
-            of_x = g_z.T @ _matrix(weight, rows.dtype)
-            if ignored is not None:
-                of_x = of_x.masked_fill_(ignored, 0.0)
-        if needs[1]:
-            of_weight = _among((g_z @ rows).view(-1, classes, columns), place, heads)
-        if needs[2]:
-            of_bias = _among(g_z.view(-1, classes, batch).sum(2), place, heads)
-        return of_x, of_weight, of_bias
+        weight, g_loss = _dense(weight, rows.dtype), _dense(g_loss, rows.dtype)
+        of_x, of_weight, of_bias = (
+            rows.new_empty(shape) if need else None
+            for shape, need in zip((x.shape, weight.shape, weight.shape[:2]), needs, strict=True)
+        )
+        labels = _dense(target, torch.int64) if problem == "single_label" else None
+        dz = dz[: weight.shape[0] * weight.shape[1] * len(rows)]
+        torch.ops.fastkit.multihead_loss_bwd_.default(
+            g_loss, dz, rows, weight, labels, ignore_index, of_x, of_weight, of_bias
+        )
+        if place is not None:
+            of_weight, of_bias = (
+                None if t is None else _among(t, place, heads) for t in (of_weight, of_bias)
+            )
+        return tuple(rows.new_empty(0) if t is None else t for t in (of_x, of_weight, of_bias))
 
 
 def triton_kernels() -> Any:
     return importlib.import_module("fastkit.triton.multihead_loss")
 
 
-def _kernel(*args: Any) -> None:
-    torch.ops.fastkit.multihead_loss_rows_.default(*args)
-
-
-def _rows(x: Tensor, target: Tensor, problem: str, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """x in the arithmetic's dtype, with zeros in rows that do not count, and which (B, 1) those are."""
+def _rows(x: Tensor) -> Tensor:
+    """x in the arithmetic's dtype, the features of a row side by side."""
     rows = x.to(arithmetic(x))
-    if problem == "single_label":
-        ignored = (target.long() == ignore_index).unsqueeze(1)
-        if bool(ignored.any()):
-            return rows.masked_fill(ignored, 0.0), ignored
-    return rows, None
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:  # (K, C, D) -> (K C, D)
-    return weight.reshape(-1, weight.shape[2]).to(dtype)
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).contiguous()
 
 
-def _among(values: Tensor, place: Tensor | None, heads: int) -> Tensor:
+def _among(values: Tensor, place: Tensor, heads: int) -> Tensor:
     """Of all heads, where those that are not active have 0."""
-    if place is None:
-        return values
     return values.new_zeros((heads, *values.shape[1:])).index_copy_(0, place, values)
-
-
-def _coefficients(
-    target: Tensor, counts: Tensor, classes: int, class_weight: Tensor | None, label_smoothing: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(3, B): a, b, c of each row's loss, ``a lse - b z[target] - c sum w z``; and how many rows count."""
-    ones = counts.to(dtype)
-    total = float(classes)
-    if class_weight is not None:
-        ones = ones * class_weight[target.clamp(0, classes - 1)]
-        total = class_weight.sum()
-    divisor = ones.sum()
-    share = 1 / torch.where(divisor > 0, divisor, 1.0)
-    of_target = (1 - label_smoothing) * share * ones
-    of_each = label_smoothing / classes * share * counts
-    return torch.stack([of_target + total * of_each, of_target, of_each]), counts.sum()
 
 
 def _fake_forward(
