@@ -109,6 +109,11 @@ def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, a
 
 
 def refuse_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if target.numel() == 0:
+        return
+    least, most = target.aminmax()
+    if int(least) >= 0 and int(most) < vocabulary:
+        return
     target = target.long()  # beside int32 an ignore_index would wrap
     bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if bool(bad.any()):
