@@ -107,7 +107,9 @@ def check(call, found, plain):
         assert found.results[name].dtype == torch.int64, name
     assert torch.equal(found.results["count"], plain.results["count"])
     kinds = kinds_of(call)
-    if "huge" in kinds:
+    weights = call["class_weight"]
+    # The sum of subnormal weights, by which losses are divided, has no inverse in the arithmetic.
+    if "huge" in kinds or (weights is not None and weights.kind.endswith("subnormal")):
         return
     # Logits that are large err by more than 1, so that any class may have the probability; and squares of
     # them overflow, those of float64 in the oracle too.
@@ -128,11 +130,17 @@ def check(call, found, plain):
 
 
 def assert_no_other_nan(found, plain):
-    """Gradients that the reference has are numbers here too."""
+    """Of a head whose loss is a number, gradients that the reference has are numbers here too; others may be
+    NaN as a whole, and with them that of x.
+    """
+    known = plain.results["loss"].isfinite()
     for path, gradient in found.gradients.items():
         expected = plain.gradients[path]
-        got = gradient.masked_fill(~expected.isfinite(), torch.nan)
-        assert_same_finiteness(got, expected, f"the gradient of {path}")
+        if path == "x":
+            certain = expected.isfinite() & known.all()
+        else:
+            certain = expected.isfinite() & known.view(-1, *[1] * (expected.dim() - 1))
+        assert (gradient.isfinite() | ~certain).all(), f"the gradient of {path}"
 
 
 def assert_near(got, expected, name):
@@ -144,14 +152,11 @@ def expected_results(call, found):
     arguments = plain_values(found.arguments, None)
     names = "x", "weight", "bias", "target", "active", "class_weight"
     inputs = testing.Inputs(*(arguments[name] for name in names), found.cotangents["loss"])
-    inputs = inputs._replace(target=as_in_the_arithmetic(inputs.target, inputs.g_loss.dtype))
+    # Of float64 beside float32 the op takes what is left in float32; classes of int32 are those of int64.
+    of = inputs.g_loss.dtype if inputs.target.is_floating_point() else torch.int64
+    inputs = inputs._replace(target=inputs.target.to(of))
     options = {name: call[name] for name in ("problem", "label_smoothing", "ignore_index")}
     return testing.expected_results(inputs, options)
-
-
-def as_in_the_arithmetic(target, dtype):
-    """Of float64 beside float32 the op takes what is left in float32; classes stay."""
-    return target.to(dtype) if target.is_floating_point() else target
 
 
 # The penalty
@@ -173,10 +178,14 @@ def check_penalty(call, found, plain):
     kinds = kinds_of(call)
     if "huge" in kinds:
         return
-    # As above; and in float64 what is large by its square, or small by a width, is beyond the oracle.
+    # Squares of products that are large overflow; those of float64 in the oracle too.
     wide = found.arguments["weight"].dtype == torch.float64
     if not kinds <= set(TAME) or (wide and "large" in kinds):
-        assert_same_finiteness(found.results["result"], plain.results["result"], "penalty")
+        active = found.arguments["active"]
+        if active is not None and active.sum() <= 1:  # no pair: the reference multiplies NaN by the others' 0
+            assert found.results["result"] == 0
+        else:
+            assert_same_finiteness(found.results["result"], plain.results["result"], "penalty")
         return
     arguments = plain_values(found.arguments, None)
     heads = testing.Heads(arguments["weight"], arguments["active"], found.cotangents["result"])
