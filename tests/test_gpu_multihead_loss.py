@@ -179,8 +179,8 @@ def test_only_some_gradients(triton, problem):
 
 # The penalty
 
-# H, C, D, with centered classes or not: one head, few, many, more than a program takes at a time (1024). Of long
-# rows rounding would decide the signs of too many products.
+# H, C, D, with centered classes or not: one head, few, many, more than a program takes at a time (1024). Of
+# long rows rounding would decide the signs of too many products.
 PENALTIES = [
     ((1, 1, 1), False), ((2, 3, 5), True), ((33, 2, 17), False), ((130, 2, 33), True), ((128, 3, 64), False),
     ((1030, 1, 9), False),
