@@ -85,12 +85,16 @@ def test_errors_on_one_thread_leave_others_alone(count):
     offsets = torch.tensor([0, 9, 5])
     norm = torch.full((40,), torch.nan)
     target = torch.full((3000,), 3000)
+    heads = torch.ones(2, 3, 40)
     raw = torch.ops.fastkit
     refused = {
         "weights must be finite and not negative": lambda: ops.moments(x, weights=weights, impl="cpu"),
         "cu_seqlens must not decrease": lambda: ops.iir_scan(signal, filters, cu_seqlens=offsets, impl="cpu"),
         "input_norm must be finite": lambda: ops.prune_rows_(x.clone(), norm, 0.5, impl="cpu"),
         "linear_cross_entropy: target must be in": lambda: ops.linear_cross_entropy(x, x, target, impl="cpu"),
+        "multihead_loss: target must be in": lambda: ops.multihead_loss(
+            x, heads, heads[..., 0], target, impl="cpu"
+        ),
         "k must be between 1 and": lambda: raw.topk_similarity_fwd(x, x, None, 3001, False),
         "text must be on the CPU": lambda: raw.parse_vectors_(x, x),
     }
@@ -170,7 +174,9 @@ FIRST_TRITON = """if True:
     import torch
     from threaded_calls import at_once
 
-    stems = "iir_scan", "linear_cross_entropy", "lora_linear", "moments", "topk_similarity"
+    stems = (
+        "iir_scan", "linear_cross_entropy", "lora_linear", "moments", "multihead_loss", "topk_similarity",
+    )
     at_once(*(partial(importlib.import_module, f"fastkit.triton.{stem}") for stem in stems))
     print(json.dumps([importlib.import_module(f"fastkit.triton.{stem}").__name__ for stem in stems]))
 """
@@ -179,7 +185,7 @@ FIRST_TRITON = """if True:
 def test_the_first_kernels_of_triton_may_come_at_once(run_calls):
     """They are imported by the calls that need them."""
     pytest.importorskip("triton", reason="needs triton")
-    assert len(run_calls(FIRST_TRITON)) == 5
+    assert len(run_calls(FIRST_TRITON)) == 6
 
 
 FORKED = """if True:

@@ -21,6 +21,7 @@ from fastkit.testing import (
     lora_linear,
     moments,
     mtadam,
+    multihead_loss,
 )
 from fastkit.testing.procrustes import log_spaced, with_spectrum
 from fastkit.testing.topk_similarity import make_tables
@@ -141,6 +142,43 @@ def of_loss(N, V, D, reduction, **options):
     return Call(make, run, names, expected)  # with products of PyTorch
 
 
+def of_heads(B, H, C, D, problem, **options):
+    """The losses of many heads and their gradients, of which some heads and rows are left out."""
+    options |= {"problem": problem}
+    flags = {"inactive": True, "ignored": problem == "single_label", "class_weight": problem != "regression"}
+
+    def run(x, weight, bias, target, active, class_weight, g_loss):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        found = ops.multihead_loss(
+            *leaves, target, active=active, class_weight=class_weight, impl="cpu", **options
+        )
+        named = zip(("gx", "gweight", "gbias"), torch.autograd.grad(found.loss, leaves, g_loss), strict=True)
+        return {**{name: t.detach() for name, t in found._asdict().items()}, **dict(named)}
+
+    return Call(
+        lambda seed: multihead_loss.make_inputs(B, H, C, D, problem=problem, seed=seed, **flags),
+        run,
+        ("loss", "correct", "gx", "gweight", "gbias"),  # with products of PyTorch
+        lambda *inputs: multihead_loss.expected_results(multihead_loss.Inputs(*inputs), options),
+    )
+
+
+def of_pairs(H, C, D, **options):
+    """The penalty of all pairs of heads, and its gradient."""
+
+    def run(weight, active, g):
+        weight = weight.detach().requires_grad_()
+        penalty = ops.orthogonality_penalty(weight, active=active, impl="cpu", **options)
+        return {"penalty": penalty.detach(), "gweight": torch.autograd.grad(penalty, weight, g)[0]}
+
+    return Call(
+        lambda seed: multihead_loss.make_heads(H, C, D, inactive=True, seed=seed),
+        run,
+        ("penalty", "gweight"),  # with products of PyTorch
+        lambda *heads: multihead_loss.expected_penalty(multihead_loss.Heads(*heads), options)[0],
+    )
+
+
 def make_matrices(seed):
     generator = torch.Generator().manual_seed(seed)
     matrices = [torch.randn(R, 1024, generator=generator) for R in (64, 3, 130)]
@@ -244,6 +282,9 @@ CALLS = {
     "linear_cross_entropy of each token": of_loss(
         400, 900, 30, "none", label_smoothing=0.1, softcap=5.0, z_loss=0.01
     ),
+    "multihead_loss": of_heads(64, 90, 17, 40, "single_label", label_smoothing=0.1),
+    "multihead_loss of several labels": of_heads(40, 120, 5, 30, "multi_label"),
+    "orthogonality_penalty": of_pairs(300, 3, 40, kind="cos_abs", center_classes=True),
     "prune_rows_": Call(make_matrices, run_pruning),
     "column_norms": Call(noise(1500, 90), lambda x: {"norms": ops.column_norms(x, impl="cpu")}),
     "moments of many rows": of_moments(3000, 40),

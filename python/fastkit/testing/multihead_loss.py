@@ -317,11 +317,11 @@ def expected_penalty(heads: Heads, options: dict[str, Any]) -> tuple[dict[str, E
             rho, error_rho, slope, error_slope = away, error_gram, (away > 0).double(), 2.0 * in_doubt
     apart = 1 - torch.eye(K, dtype=torch.float64, device=w.device)
     slope, error_slope = slope * apart, error_slope * apart
-    pairs = ((error_rho + 4 * u * rho) * apart).sum() / 2
+    tiny = torch.finfo(torch.promote_types(stored, torch.float32)).tiny
+    pairs = ((error_rho + 4 * u * rho + tiny) * apart).sum() / 2  # what is subnormal may be 0
     # A row's sum runs over as few as two lanes, that of C K rows over parts of at most 64.
     of_sums = u * (K / 2 + 256) * (rho * apart).sum() / 2
 
-    tiny = torch.finfo(torch.promote_types(stored, torch.float32)).tiny
     of_rows = slope @ w.abs()  # at most
     error_rows = error_slope @ w.abs() + slope @ error + u * (K + 8) * of_rows + K * tiny
     doubts = (error_slope >= 1).any(2)  # (C, K)
