@@ -351,8 +351,8 @@ def forward(
     with torch.cuda.device_of(x):
         multihead_loss_forward[(H,)](
             loss, correct, count, dz, x, weight.contiguous(), bias.contiguous(), target.contiguous(),
-            _or(class_weight, loss).float().contiguous(), _or(active, loss), B, C, D, x.stride(0),
-            ignore_index, label_smoothing, PROBLEM=PROBLEMS[problem], MASKED=active is not None,
+            _or(class_weight, loss).float().contiguous(), _or(active, loss).contiguous(), B, C, D,
+            x.stride(0), ignore_index, label_smoothing, PROBLEM=PROBLEMS[problem], MASKED=active is not None,
             WEIGHTED=class_weight is not None, GRADIENT=gradient, **forward_options(C),
         )  # fmt: skip
     return loss, correct, count, dz
@@ -365,7 +365,7 @@ def backward(
     """The gradients to x, weight and bias, float32; empty unless needed."""
     (B, D), (H, C, _) = x.shape, weight.shape
     of_x, of_weight, of_bias = (dz.new_empty(0) for _ in range(3))
-    g_loss, target, mask = g_loss.float().contiguous(), target.contiguous(), _or(active, dz)
+    g_loss, target, mask = g_loss.float().contiguous(), target.contiguous(), _or(active, dz).contiguous()
     flags = {"PROBLEM": PROBLEMS[problem], "MASKED": active is not None}
     with torch.cuda.device_of(x):
         if needs[0]:
@@ -407,7 +407,8 @@ def penalty(rows: Tensor, kind: str, width: float, sums: Tensor, gradient: Tenso
             if part is not sums:
                 sums[:, begin : begin + step] = part
             if gradient is not None:
-                gradient[begin : begin + step] = torch.bmm(gram, by_class).transpose(0, 1)
+                torch.bmm(gram, by_class, out=gradient[begin : begin + step].transpose(0, 1))
+            del gram  # before the next is made
 
 
 def _rows(x: Tensor) -> Tensor:
