@@ -97,6 +97,22 @@ def test_heads_go_as_the_losses_say(tmp_path, accumulation):
     assert metrics["eval_loss"] > 0
 
 
+def test_micro_batches_train_as_the_joint_batch(tmp_path):
+    """The loss is a mean: a Trainer that took it for a sum would step twice as far."""
+    weights = []
+    for accumulation in (1, 2):
+        options = {
+            "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation,
+            "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "learning_rate": 1.0, "max_grad_norm": 0.0,
+        }  # fmt: skip
+        run = trainer(tmp_path, None, model_of(dropout=0.0), **options)
+        begun = run.model.head.weight.detach().clone()
+        run.train()
+        weights.append(run.model.head.weight.detach() - begun)
+    assert weights[0].abs().max() > 1e-4
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-7)
+
+
 def test_a_run_that_is_resumed_drops_the_same_heads(tmp_path):
     straight = EliminationCallback(**OPTIONS)
     run = trainer(tmp_path / "straight", straight)
@@ -164,6 +180,12 @@ def test_what_is_refused(tmp_path):
         EliminationCallback(num_heads=3)
     with pytest.raises(ValueError, match="HeadEliminator: margin must be finite and not negative, got -1"):
         EliminationCallback(margin=-1)
+    with pytest.raises(TypeError, match="HeadEliminator: min_heads must be an integer, got '2'"):
+        EliminationCallback(min_heads="2")
+    with pytest.raises(ValueError, match="HeadEliminator: stop must leave a check, got stop=5"):
+        EliminationCallback(stop=5)  # which no run has, as the interval is 10 at least
+    for allowed in ({"stop": 100}, {"start": 50}, {"interval": 2}, {"stop": None, "start": 3}):
+        EliminationCallback(**allowed)  # a run may be of any length
     plain = transformers.BertForSequenceClassification(model_of().config.base)
     with pytest.raises(ValueError, match="the model must be a MultiverseForSequenceClassification, got Bert"):
         trainer(tmp_path / "a", EliminationCallback(**OPTIONS), plain).train()

@@ -51,7 +51,7 @@ class EliminationCallback(TrainerCallback, ExportableState):
         for name in ("num_heads", "total_steps"):
             if name in options:
                 raise TypeError(f"{_OP}: {name} is that of the model and the run, got one more; leave it out")
-        HeadEliminator(max(options.get("min_heads", 1), 1), total_steps=10**6, **options)  # refuses in time
+        _refuse_in_time(options)
         self.options: dict[str, Any] = options
         self.eliminator: HeadEliminator | None = None
         self.events: list[tuple[int, list[int]]] = []
@@ -112,6 +112,15 @@ class EliminationCallback(TrainerCallback, ExportableState):
                 f"{_OP}: the model must have the {self.eliminator.num_active} heads of the checkpoint's"
                 f" state, got {int(active.sum())}; let the Trainer load the model of that checkpoint"
             )
+
+
+def _refuse_in_time(options: dict[str, Any]) -> None:
+    """Before training: what no number of heads and steps would make right."""
+    heads = options.get("min_heads", 1)
+    enough = heads if isinstance(heads, int) and heads > 0 else 1
+    # Where only the end of checks is given, their beginning is the earlier the shorter the run.
+    steps = 10**9 if options.get("stop") is None else 1
+    HeadEliminator(enough, total_steps=steps, **options)
 
 
 def model_of(model: nn.Module) -> MultiverseForSequenceClassification:
