@@ -62,8 +62,9 @@ class MultiverseConfig(PreTrainedConfig):
         else:
             self.base = copy.deepcopy(self.base)
         if self.id2label is None and kwargs.get("num_labels") is None:
-            self.id2label, self.label2id = copy.copy(self.base.id2label), copy.copy(self.base.label2id)
-            self.problem_type = self.problem_type or self.base.problem_type
+            problem = self.problem_type or self.base.problem_type
+            give_labels(self.base, self)
+            self.problem_type = problem
         super().__post_init__(**kwargs)
         if self.problem_type is None:
             self.problem_type = "regression" if self.num_labels == 1 else "single_label_classification"
@@ -75,7 +76,7 @@ class MultiverseConfig(PreTrainedConfig):
         give_labels(self, self.base)
 
 
-def give_labels(config: MultiverseConfig, base: PreTrainedConfig) -> None:
-    """Those of ``config`` to ``base``; it may have got others since it was made."""
-    base.id2label, base.label2id = copy.copy(config.id2label), copy.copy(config.label2id)
-    base.problem_type = config.problem_type
+def give_labels(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    """What the labels are called, and what problem they are of."""
+    target.id2label, target.label2id = copy.copy(source.id2label), copy.copy(source.label2id)
+    target.problem_type = source.problem_type

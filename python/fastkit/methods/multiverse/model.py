@@ -88,7 +88,7 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
 
     def __init__(self, config: MultiverseConfig) -> None:
         assert isinstance(config.base, PreTrainedConfig) and config.num_labels is not None
-        give_labels(config, config.base)
+        give_labels(config, config.base)  # it may have got others since it was made
         if config._attn_implementation is not None:  # as from_pretrained(attn_implementation=...) asks
             config.base._attn_implementation = config._attn_implementation
         super().__init__(config)
@@ -101,7 +101,7 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
         name, last = last_layer(classifier)
         classifier.set_submodule(name, nn.Identity())
         self.model: Any = classifier
-        self.supports_gradient_checkpointing = classifier.supports_gradient_checkpointing
+        self.supports_gradient_checkpointing: bool = classifier.supports_gradient_checkpointing
         config = self.config
         give_labels(config, classifier.config)
         config.base = classifier.config  # one and the same, so that what changes there is saved
