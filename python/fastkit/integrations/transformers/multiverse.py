@@ -35,16 +35,18 @@ class EliminationCallback(TrainerCallback, ExportableState):
 
     Args:
         options: those of ``HeadEliminator``, but ``num_heads`` and ``total_steps``. With ``score="dev"`` a
-            callback of your own gives ``callback.eliminator.add_dev_scores`` what it evaluates.
+            callback of your own gives ``callback.eliminator.add_dev_scores`` what it evaluates. A Trainer
+            evaluates after the check of the same step: pass a ``start`` beyond the first evaluation.
 
     Attributes:
         eliminator: the ``HeadEliminator``, once training has begun.
         events: ``(step, heads)`` of each check that dropped some.
 
     Raises:
-        ValueError: in ``train()``: the model has no heads; the checkpoint has no state of this callback, as
-            if it was given by ``add_callback``, after the Trainer was made; or the model's mask is another
-            than the state's. What ``HeadEliminator`` raises.
+        ValueError: in ``train()``: the model has no heads, or is not given labels; the checkpoint has no
+            state of this callback, as if it was given by ``add_callback``, after the Trainer was made; or the
+            model's mask is another than the state's.
+        What ``HeadEliminator`` raises.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -83,8 +85,13 @@ class EliminationCallback(TrainerCallback, ExportableState):
         assert self.eliminator is not None
         model = model_of(kwargs["model"])
         found = model.take_sums()
-        if found is not None:
-            self.eliminator.add(*found)
+        if found is None:  # else nobody would notice that the heads are trained by their mean alone
+            raise ValueError(
+                f"{_OP}: forward must get labels in each step, got none in step {state.global_step}; leave"
+                " out label_smoothing_factor and compute_loss_func, which keep them from the model (it has a"
+                " label_smoothing of its own)"
+            )
+        self.eliminator.add(*found)
         dropped = self.eliminator.step()
         if dropped:
             model.head.eliminate(dropped, kwargs["optimizer"])
