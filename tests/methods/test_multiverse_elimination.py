@@ -517,6 +517,11 @@ def test_states_that_are_not(changed, error, message):
         eliminator.load_state_dict(state)
 
 
+def test_a_state_that_is_no_mapping():
+    with refuses(TypeError, "load_state_dict: state must be what state_dict() gave, got list"):
+        HeadEliminator(3, total_steps=50).load_state_dict([1.0])
+
+
 # What is refused
 
 
@@ -534,6 +539,7 @@ def test_states_that_are_not(changed, error, message):
         ({"beta": "0.9"}, TypeError, "beta must be a number, got '0.9'"),
         ({"margin": -0.1}, ValueError, "margin must be finite and not negative, got -0.1"),
         ({"margin": INF}, ValueError, "margin must be finite and not negative, got inf"),
+        ({"margin": 10**400}, ValueError, f"margin must be finite and not negative, got {10**400}"),
         ({"fraction": 0}, ValueError, "fraction must be in (0, 1], got 0"),
         ({"fraction": 1.5}, ValueError, "fraction must be in (0, 1], got 1.5"),
         ({"fraction": NAN}, ValueError, "fraction must be in (0, 1], got nan"),
@@ -584,6 +590,16 @@ def test_options_that_are_not(options, error, message):
             (torch.zeros(3, dtype=torch.int64), torch.zeros(3), 1),
             TypeError,
             "loss must be floating point, got torch.int64",
+        ),
+        (
+            (torch.zeros(3), torch.zeros(3, dtype=torch.complex64), 1),
+            TypeError,
+            "correct must be real, got torch.complex64",
+        ),
+        (
+            (torch.zeros(3), torch.zeros(3), torch.tensor(1j)),
+            TypeError,
+            "count must be real, got torch.complex64",
         ),
         ((torch.zeros(3), torch.zeros(3), -1), ValueError, "count must be at least 0, got -1"),
         ((torch.zeros(3), torch.zeros(3), 1.0), TypeError, "count must be an integer, got 1.0"),
