@@ -89,8 +89,9 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
     def __init__(self, config: MultiverseConfig) -> None:
         assert isinstance(config.base, PreTrainedConfig) and config.num_labels is not None
         give_labels(config, config.base)  # it may have got others since it was made
-        if config._attn_implementation is not None:  # as from_pretrained(attn_implementation=...) asks
-            config.base._attn_implementation = config._attn_implementation
+        own, base = _any(config), _any(config.base)
+        if own._attn_implementation is not None:  # as from_pretrained(attn_implementation=...) asks
+            base._attn_implementation = own._attn_implementation
         super().__init__(config)
         self.num_labels: int = config.num_labels
         self._take(AutoModelForSequenceClassification.from_config(config.base))
@@ -105,7 +106,7 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
         config = self.config
         give_labels(config, classifier.config)
         config.base = classifier.config  # one and the same, so that what changes there is saved
-        config._attn_implementation = classifier.config._attn_implementation
+        _any(config)._attn_implementation = classifier.config._attn_implementation
         options: dict[str, Any] = {name: getattr(config, name) for name in HEAD_OPTIONS}
         self.head: MultiverseHead = MultiverseHead(
             last.in_features,
@@ -210,6 +211,11 @@ class MultiverseForSequenceClassification(MultiversePreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **options: Any) -> Any:
         """That of the classifier, whose configuration has the size."""
         return self.model.resize_token_embeddings(*args, **options)
+
+
+def _any(config: PreTrainedConfig) -> Any:
+    """Transformers has no public name for the kind of attention."""
+    return config
 
 
 def last_layer(classifier: Any) -> tuple[str, nn.Linear]:
