@@ -18,6 +18,8 @@ from fastkit.methods.multiverse import (  # noqa: E402
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # by PEFT
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # dynamo
 ]
 OPTIONS = {"policy": "fraction", "fraction": 0.25, "interval": 3, "start": 3, "stop": 12}
 STEPS = 12
@@ -97,6 +99,22 @@ def test_heads_go_as_the_losses_say(tmp_path, accumulation):
     assert metrics["eval_loss"] > 0
 
 
+def test_micro_batches_train_as_the_joint_batch(tmp_path):
+    """The loss is a mean: a Trainer that took it for a sum would step twice as far."""
+    weights = []
+    for accumulation in (1, 2):
+        options = {
+            "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation,
+            "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "learning_rate": 1.0, "max_grad_norm": 0.0,
+        }  # fmt: skip
+        run = trainer(tmp_path, None, model_of(dropout=0.0), **options)
+        begun = run.model.head.weight.detach().clone()
+        run.train()
+        weights.append(run.model.head.weight.detach() - begun)
+    assert weights[0].abs().max() > 1e-4
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-7)
+
+
 def test_a_run_that_is_resumed_drops_the_same_heads(tmp_path):
     straight = EliminationCallback(**OPTIONS)
     run = trainer(tmp_path / "straight", straight)
@@ -138,6 +156,53 @@ def test_the_best_models_mask_comes_back(tmp_path):
     assert_same_bits(run.model, best)
 
 
+def test_scores_of_a_development_set_may_decide(tmp_path):
+    """The Trainer evaluates after the check of a step: that of the next evaluation uses what it found."""
+    callback = EliminationCallback(**{**OPTIONS, "score": "dev", "start": 6})
+
+    class Scores(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert torch.equal(callback.eliminator.active, kwargs["model"].head.active)
+            callback.eliminator.add_dev_scores(torch.linspace(0.9, 0.1, 12))  # the last heads are the worst
+
+    run = trainer(tmp_path, callback, eval_strategy="steps", eval_steps=3)
+    run.add_callback(Scores())
+    run.train()
+    assert callback.events == [(6, [11, 10, 9]), (9, [8, 7]), (12, [6])]
+
+
+def test_a_loss_that_is_not_the_models_is_refused(tmp_path):
+    """The heads would be trained by their mean alone, and none of them judged."""
+
+    def mean_logits_loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    message = "forward must get labels in each step, got none in step 1; leave out label_smoothing_factor and"
+    with pytest.raises(ValueError, match=f"EliminationCallback: {message} compute_loss_func"):
+        trainer(tmp_path / "a", EliminationCallback(**OPTIONS), label_smoothing_factor=0.1).train()
+    run = trainer(tmp_path / "b", EliminationCallback(**OPTIONS))
+    run.compute_loss_func = mean_logits_loss
+    with pytest.raises(ValueError, match=message):
+        run.train()
+
+
+def test_in_half_precision_and_compiled_the_same_heads_go(tmp_path):
+    events = []
+    for name, options in (
+        ("plain", {}),
+        ("checkpoints", {"gradient_checkpointing": True}),
+        ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+        ("half", {"bf16": True}),
+    ):
+        callback = EliminationCallback(**OPTIONS)
+        run = trainer(tmp_path / name, callback, save_strategy="no", **options)
+        run.train()
+        assert run.model.head.num_active == 5 and not run.model.head.weight[~run.model.head.active].any()
+        assert run.evaluate()["eval_loss"] > 0
+        events.append(callback.events)
+    assert events[0] == events[1] == events[2] and len(events[3]) == 4
+
+
 def test_under_lora(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["head"])
@@ -147,6 +212,11 @@ def test_under_lora(tmp_path):
     head = run.model.base_model.model.head
     assert head.num_active == 5 and torch.equal(head.active, callback.eliminator.active)
     assert not head.weight[~head.active].any()
+    again = EliminationCallback(**OPTIONS)
+    resumed = trainer(tmp_path, again, peft.get_peft_model(model_of(), lora))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.events == callback.events
+    assert_same_bits(resumed.model, run.model)
 
 
 def test_stock_metrics_see_the_logits_alone(tmp_path):
@@ -164,6 +234,12 @@ def test_what_is_refused(tmp_path):
         EliminationCallback(num_heads=3)
     with pytest.raises(ValueError, match="HeadEliminator: margin must be finite and not negative, got -1"):
         EliminationCallback(margin=-1)
+    with pytest.raises(TypeError, match="HeadEliminator: min_heads must be an integer, got '2'"):
+        EliminationCallback(min_heads="2")
+    with pytest.raises(ValueError, match="HeadEliminator: stop must leave a check, got stop=5"):
+        EliminationCallback(stop=5)  # which no run has, as the interval is 10 at least
+    for allowed in ({"stop": 100}, {"start": 50}, {"interval": 2}, {"stop": None, "start": 3}):
+        EliminationCallback(**allowed)  # a run may be of any length
     plain = transformers.BertForSequenceClassification(model_of().config.base)
     with pytest.raises(ValueError, match="the model must be a MultiverseForSequenceClassification, got Bert"):
         trainer(tmp_path / "a", EliminationCallback(**OPTIONS), plain).train()

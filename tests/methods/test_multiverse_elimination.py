@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from contexts import waits_are_errors
-from torch import distributed as dist
 
 from fastkit.methods.multiverse import HeadEliminator
 
@@ -518,6 +517,11 @@ def test_states_that_are_not(changed, error, message):
         eliminator.load_state_dict(state)
 
 
+def test_a_state_that_is_no_mapping():
+    with refuses(TypeError, "load_state_dict: state must be what state_dict() gave, got list"):
+        HeadEliminator(3, total_steps=50).load_state_dict([1.0])
+
+
 # What is refused
 
 
@@ -535,6 +539,7 @@ def test_states_that_are_not(changed, error, message):
         ({"beta": "0.9"}, TypeError, "beta must be a number, got '0.9'"),
         ({"margin": -0.1}, ValueError, "margin must be finite and not negative, got -0.1"),
         ({"margin": INF}, ValueError, "margin must be finite and not negative, got inf"),
+        ({"margin": 10**400}, ValueError, f"margin must be finite and not negative, got {10**400}"),
         ({"fraction": 0}, ValueError, "fraction must be in (0, 1], got 0"),
         ({"fraction": 1.5}, ValueError, "fraction must be in (0, 1], got 1.5"),
         ({"fraction": NAN}, ValueError, "fraction must be in (0, 1], got nan"),
@@ -586,6 +591,16 @@ def test_options_that_are_not(options, error, message):
             TypeError,
             "loss must be floating point, got torch.int64",
         ),
+        (
+            (torch.zeros(3), torch.zeros(3, dtype=torch.complex64), 1),
+            TypeError,
+            "correct must be real, got torch.complex64",
+        ),
+        (
+            (torch.zeros(3), torch.zeros(3), torch.tensor(1j)),
+            TypeError,
+            "count must be real, got torch.complex64",
+        ),
         ((torch.zeros(3), torch.zeros(3), -1), ValueError, "count must be at least 0, got -1"),
         ((torch.zeros(3), torch.zeros(3), 1.0), TypeError, "count must be an integer, got 1.0"),
         (
@@ -629,7 +644,7 @@ def test_a_negative_score_has_no_margin():
     assert run(HeadEliminator(3, policy="fraction", fraction=0.7, **options), losses) == [[0, 2]]
 
 
-# On other devices and processes
+# On other devices
 
 
 @pytest.mark.gpu
@@ -650,147 +665,3 @@ def test_on_a_gpu_adding_waits_for_nothing_and_the_same_heads_are_dropped():
         assert on_gpu.step() == on_cpu.step()
     assert on_gpu.num_active < 4
     assert_same(on_gpu.state_dict(), on_cpu.state_dict())
-
-
-SCRIPT = """
-import os
-import sys
-import torch
-from torch import distributed as dist
-from fastkit.methods.multiverse import HeadEliminator
-
-folder, cases = {folder!r}, {cases!r}
-STEPS, ROWS, HEADS = 40, 9, 6
-calls = []
-reduce = dist.all_reduce
-dist.all_reduce = lambda tensor, *args, **kw: (calls.append(tensor.numel()), reduce(tensor, *args, **kw))
-
-
-def run(rank, ranks, case):
-    group = {{"process_group": dist.new_group([0, 1])}} if case.pop("group", False) and ranks > 1 else {{}}
-    eliminator = HeadEliminator(HEADS, total_steps=STEPS, interval=3, fraction=0.3, **case, **group)
-    generator = torch.Generator().manual_seed(1)
-    sequence, scores, counted = [], [], []
-    for t in range(STEPS):
-        rows = torch.rand(ROWS, HEADS, generator=generator, dtype=torch.float64) + torch.arange(HEADS) / 4
-        valid = torch.rand(ROWS, generator=generator) < 0.7
-        valid[4:] &= t % 4 > 0  # of some steps one rank has none, and of others nobody
-        valid &= t % 7 > 0
-        own = slice(None) if ranks == 1 else slice(rank, rank + 1)
-        for some, counts in zip(rows.tensor_split([4])[own], valid.tensor_split([4])[own]):
-            some = some[counts]
-            if len(some) or t % 2:  # a mean of no rows is NaN, or nothing is added at all
-                eliminator.add(some.mean(0), (some < 0.8).sum(0), counts.sum())
-        if case.get("score") == "dev" and t % 3 == 1:
-            eliminator.add_dev_scores(1 - rows[0])
-        del calls[:]
-        sequence.append(eliminator.step())
-        scores.append(eliminator.scores())
-        counted.append(list(calls))
-    return sequence, torch.stack(scores), counted
-
-
-def refused(eliminator, change=None):
-    try:
-        eliminator.step()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def unlike(rank):
-    "Messages of steps at which ranks differ, on each rank, and in between of one at which they do not."
-    def make(heads=3, **options):
-        return HeadEliminator(heads, total_steps=100, **options)
-
-    messages = []
-    eliminator = make()
-    eliminator.add(torch.ones(3), torch.ones(3), 1)
-    messages.append(refused(eliminator))
-    if rank == 1:
-        state = eliminator.state_dict()
-        eliminator.load_state_dict({{**state, "active": torch.tensor([True, False, True])}})
-    messages.append(refused(eliminator))
-    alone = make(process_group=None)  # which asks nobody
-    alone.step()
-    if rank == 1:
-        alone.step()
-    eliminator = make()
-    eliminator.load_state_dict(alone.state_dict())
-    messages.append(refused(eliminator))
-    messages.append(refused(make(margin=0.1 + rank)))
-    messages.append(refused(make(heads=3 + rank)))
-    eliminator = make(score="dev")
-    if rank == 0:
-        eliminator.add_dev_scores(torch.ones(3))
-    messages.append(refused(eliminator))
-    eliminator.add_dev_scores(torch.ones(3) - 0.5 * rank)
-    messages.append(refused(eliminator))
-    eliminator.add_dev_scores(torch.ones(3))
-    messages.append(refused(eliminator))
-    return messages
-
-
-def all_of_them(rank, ranks):
-    results = [run(rank, ranks, dict(case)) for case in cases]
-    torch.save((results, unlike(rank) if ranks > 1 else []), f"{{folder}}/{{ranks}}-{{rank}}.pt")
-
-
-def meet(rank):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
-    all_of_them(rank, 2)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-child = os.fork()
-if child == 0:
-    meet(1)
-    sys.stdout.flush()
-    os._exit(0)
-meet(0)
-all_of_them(0, 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-
-CASES = [{}, {"score": "accuracy", "policy": "fraction", "group": True}, {"score": "dev"}]
-
-
-@pytest.fixture(scope="module")
-def results(run_script, tmp_path_factory):
-    if not dist.is_available():
-        pytest.skip("torch is built without distributed")
-    folder = tmp_path_factory.mktemp("ranks")
-    done = run_script(SCRIPT.format(folder=str(folder), cases=CASES), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt")]
-
-
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_processes_drop_the_heads_of_the_joint_batch(results, case):
-    (joint, joint_scores, alone), (first, scores, counted), (second, also, calls) = (
-        of_rank[0][case] for of_rank in results
-    )
-    assert joint == first == second
-    assert sum(map(len, joint)) >= 3
-    assert torch.equal(scores, also)
-    torch.testing.assert_close(scores, joint_scores, rtol=1e-13, atol=0)
-    # One collective a step, of 2H + 1 sums and what tells whether ranks are alike; their length once.
-    assert counted == calls == [[2, 2 * 6 + 1 + 8], *[[2 * 6 + 1 + 8]] * 39]
-    assert alone == [[]] * 40
-
-
-def test_processes_that_differ_are_refused_on_each(results):
-    def text(active, heads, steps):
-        return (
-            "HeadEliminator: step: all processes must have the same active heads, options, steps and dev"
-            f" scores, got others than here, with {active} of {heads} heads after step {steps}; load the same"
-            " state on all, or pass process_group=, the group of those that train one model"
-        )
-
-    for rank in (0, 1):
-        masks = text(3 - rank, 3, 1)
-        heads = text(3 + rank, 3 + rank, 0)
-        alike = ["", masks, text(3, 3, 1 + rank), text(3, 3, 0), heads, text(3, 3, 0), text(3, 3, 0), ""]
-        assert results[1 + rank][1] == alike

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import distributed as dist
+from two_processes import results_of
 
 pytestmark = [
     pytest.mark.native,
@@ -10,16 +11,11 @@ pytestmark = [
 ]
 
 SCRIPT = """
-import os
-import sys
-import torch
 import torch._dynamo  # which optimizers import: here once, and not in each process
 from contextlib import nullcontext
-from torch import distributed as dist, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastkit.methods.prilora import PRILoRAConfig, apply_prilora
-
-folder, cases = {folder!r}, {cases!r}
 
 
 class Block(nn.Module):
@@ -40,11 +36,6 @@ class Net(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-calls = []
-reduce = dist.all_reduce
-dist.all_reduce = lambda tensor, *args, **kw: (calls.append(tensor.numel()), reduce(tensor, *args, **kw))
 
 
 def run(rank, ranks, options, pieces):
@@ -72,27 +63,8 @@ def run(rank, ranks, options, pieces):
     return prilora.state_dict(), masks, counted
 
 
-def all_of_them(rank, ranks):
-    results = [run(rank, ranks, options, pieces) for options, pieces in cases]
-    torch.save(results, f"{{folder}}/{{ranks}}-{{rank}}.pt")
-
-
-def meet(rank):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
-    all_of_them(rank, 2)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-child = os.fork()
-if child == 0:
-    meet(1)
-    sys.stdout.flush()
-    os._exit(0)
-meet(0)
-all_of_them(0, 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def found(rank, ranks):
+    return [run(rank, ranks, options, pieces) for options, pieces in cases]
 """
 
 CASES = [
@@ -104,10 +76,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(run_script, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    done = run_script(SCRIPT.format(folder=str(folder), cases=CASES), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt")]
+    return results_of(run_script, SCRIPT, CASES, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

@@ -312,3 +312,44 @@ def test_types_that_are_refused():
     with pytest.raises(ValueError, match=r"heads must leave one that is active, got all 2 of them"):
         head.eliminate([2, 3])
     assert head.num_active == 2 and head.weight[2].any()
+    with pytest.raises(TypeError, match="MultiverseHead: x must be a tensor, got list"):
+        head([[0.0] * 8])
+    with pytest.raises(RuntimeError, match="x must be on the device of weight, cpu, got meta; move it with"):
+        head(torch.zeros(2, 8, device="meta"))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"got torch.int64; cast it"):
+        head(torch.zeros(2, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ([0, 3], RuntimeError, "target must be in [0, 3) or ignore_index = -100, got 3 at index 1"),
+        ([-1, 0], RuntimeError, "target must be in [0, 3) or ignore_index = -100, got -1 at index 0"),
+        ([0], ValueError, "target must have shape (B,) = (2,) with problem='single_label', got (1,)"),
+        ([0.0, 1.0], TypeError, "target must be int64 or int32"),
+    ],
+)
+def test_targets_that_are_refused(target, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        MultiverseHead(8, 3, 4).loss(torch.zeros(2, 8), torch.tensor(target))
+
+
+def test_no_rows_are_refused_and_rows_that_are_ignored_leave_the_penalty():
+    head, (x, target) = made(), inputs()
+    with pytest.raises(ValueError, match=r"x must have shape \(B, D\) with a row at least, got \(0, 12\)"):
+        head.loss(x[:0], target[:0])
+    found = head.loss(x.requires_grad_(), torch.full_like(target, -100))
+    assert found.count == 0 and not found.head_losses.any()
+    close(found.loss, 0.005 * head.penalty() / H)
+    found.loss.backward()
+    assert not x.grad.any() and head.weight.grad.isfinite().all() and not head.bias.grad.any()
+
+
+def test_a_gradient_that_is_there_does_not_move_what_is_eliminated():
+    head, (x, target) = made(), inputs()
+    optimizer = torch.optim.AdamW(head.parameters(), 0.1)
+    head.loss(x, target).loss.backward()
+    head.eliminate([1, 4], optimizer)
+    optimizer.step()
+    assert not head.weight[[1, 4]].any() and not head.bias[[1, 4]].any()
+    assert head.weight.grad[[0, 2, 3, 5]].abs().amin() > 0

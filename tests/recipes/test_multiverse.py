@@ -101,8 +101,38 @@ def test_labels_of_two_and_three_classes_are_joined():
     binary = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.6, 0.4]]).log()
     assert three.accuracy(binary) == 0.75  # labels 1 and 2 are one
     assert two.accuracy(binary) == 1.0
-    shares = _multiverse_transfer.joined(logits.exp())
-    torch.testing.assert_close(shares.sum(1), torch.ones(4))
+    shares = _multiverse_transfer.joined(logits.exp(), 1)
+    torch.testing.assert_close(shares, torch.tensor([[0.3, 0.7], [0.8, 0.2], [0.3, 0.7], [0.05, 0.95]]))
+
+
+def named(folder, labels, **parts):
+    """Pairs whose labels have names."""
+    folder.mkdir()
+    for part, rows in {"train": labels, "dev": labels, **parts}.items():
+        lines = ["sentence1\tsentence2\tlabel", *(f"sun\train\t{label}" for label in rows)]
+        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_of_labels_with_names_that_is_kept_which_both_have(tmp_path):
+    """In the order of the alphabet entailment is the first of two, and the second of three."""
+    two = named(tmp_path / "two", ["entailment", "not_entailment"])
+    three = named(tmp_path / "three", ["entailment", "neutral", "contradiction"])
+    (other,) = _multiverse_transfer.load([three], _glue.load(two), 10)
+    assert other.accuracy(torch.tensor([[0.8, 0.2], [0.2, 0.8], [0.3, 0.7]]).log()) == 1
+    assert other.accuracy(torch.tensor([[0.2, 0.8], [0.8, 0.2], [0.7, 0.3]]).log()) == 0
+    (other,) = _multiverse_transfer.load([two], _glue.load(three), 10)
+    # Of contradiction, entailment, neutral: the first and the third are what is not entailed.
+    assert other.accuracy(torch.tensor([[0.2, 0.6, 0.2], [0.3, 0.4, 0.3]]).log()) == 1
+    assert other.accuracy(torch.tensor([[0.3, 0.4, 0.3], [0.2, 0.6, 0.2]]).log()) == 0
+
+
+def test_of_matched_and_mismatched_parts_the_first_is_taken(tmp_path):
+    labels = ["0", "1", "2"]
+    mnli = named(tmp_path / "mnli", labels * 3, dev_matched=labels, dev_mismatched=labels * 2)
+    (mnli / "dev.tsv").unlink()
+    (other,) = _multiverse_transfer.load([mnli], _glue.load(named(tmp_path / "two", ["0", "1"])), 10)
+    assert len(other.part.y) == 3
 
 
 def test_the_test_part_is_taken_or_what_there_is(sets):
@@ -120,6 +150,15 @@ def test_other_sets_that_do_not_go_with_it_are_refused(sets, tmp_path):
     for folder, message in (
         (folder_of(tmp_path / "five", 5, {"train": 20, "dev": 10}), "or be of two where that is of three"),
         (sets["two"], "must be other sets than --data, each once, got two again"),
+        (
+            named(tmp_path / "names", ["yes", "no", "maybe"]),
+            "must have a label in common with --data, 0, 1, and one alone, or numbers as it has, got .* with"
+            " maybe, no, yes; rename its labels",
+        ),
+        (
+            tmp_path / "nowhere",
+            "--transfer must be a folder, got nothing there: .*; give the folder that holds",
+        ),
     ):
         with pytest.raises(Refusal, match=message):
             _multiverse_transfer.load([folder], task, 10)
@@ -154,6 +193,21 @@ def test_arms_differ_in_what_they_are_said_to(sets, model):
         "orthogonal": (16, "huber", "none"),
         "multiverse": (16, "huber", "margin"),
     }
+
+
+def test_the_loss_of_training_is_that_of_the_heads_that_were_trained(sets, model):
+    task, base = _glue.load(sets["two"]), encoder(model)
+    config = {**multiverse._DEFAULTS, **OPTIONS, "length": 32, "ortho": "abs"}
+    data = multiverse.Data(TaskTokens(task, base, model, config, CPU), [])
+    arm = multiverse.ARMS["multiverse"]
+    training = multiverse.Training(arm, 16, base, data, seed=1, config=config, device=CPU)
+    seen = []
+    training.model.register_forward_hook(
+        lambda model, args, found: seen.append(found.head_losses[model.head.active].mean().item())
+    )
+    figures = training.advance()
+    assert figures["heads"] < 16 and len(seen) == 20
+    assert figures["train_loss"] == pytest.approx(sum(seen) / 20, rel=1e-5)
 
 
 # A run
@@ -236,6 +290,20 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, sets, model, 
         for name in ("whole", "stopped")
     ]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_run_is_not_resumed_with_other_rows_to_be_tested_on(tmp_path, sets, model, capsys):
+    other = folder_of(tmp_path / "other", 2, {"train": 16, "dev": 8}, 2)
+    options = [
+        *arguments(sets, model, tmp_path / "out", "--arms", "one", "--seeds", 0),
+        "--transfer",
+        str(other),
+    ]
+    assert main(options) == 0
+    text = (other / "dev.tsv").read_text().splitlines()
+    (other / "dev.tsv").write_text("\n".join([text[0], *reversed(text[1:])]) + "\n")
+    assert main([*options, "--resume"]) == 1
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_without_data_it_makes_its_own(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from fastkit import ops
 from fastkit._autograd import autocasts
-from fastkit.ops._checks import FLOATING, MOST, check_int, check_number, may_look_at
+from fastkit.ops._checks import FLOATING, MOST, check_device, check_int, check_number, may_look_at
 from fastkit.reference.multihead_loss import Problem
 from fastkit.reference.multihead_loss_penalty import PenaltyKind
 
@@ -78,7 +78,7 @@ class MultiverseHead(nn.Module):
     Raises:
         ValueError: an option, or a shape, is not as above; the last head would be eliminated.
         TypeError: an option is of another type; x is of another dtype.
-        RuntimeError: a state with no active head is loaded.
+        RuntimeError: a state with no active head is loaded; x is on another device.
         What ``fastkit.ops.multihead_loss`` raises, by ``loss``.
 
     Numerics: those of the ops, in float32 for half precision. The mean of the heads is taken in the dtype of
@@ -240,7 +240,10 @@ class MultiverseHead(nn.Module):
         )
 
     def loss(self, x: Tensor, target: Tensor, *, class_weight: Tensor | None = None) -> MultiverseLoss:
-        """The loss of training; of each head its own, and how much it has right, for ``HeadEliminator``."""
+        """The loss of training; of each head its own, and how much it has right, for ``HeadEliminator``.
+
+        Where all rows are ignored, the penalty is what is left of it.
+        """
         self._check(x)
         found = ops.multihead_loss(
             x, self.weight, self.bias, target, problem=self.problem, active=self.active,
@@ -267,9 +270,10 @@ class MultiverseHead(nn.Module):
 
     @torch.no_grad()
     def eliminate(self, heads: Iterable[int], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Takes heads out, for good: their rows are 0, and so is what ``optimizer`` keeps of them.
+        """Takes heads out, for good: rows, their gradients, and what ``optimizer`` keeps of them become 0.
 
-        With all of that 0, no optimizer of PyTorch moves them again: not by momentum, nor by weight decay.
+        With all of that 0 neither momentum nor weight decay moves them again, in any optimizer of PyTorch
+        that keeps its state by parameter: all but LBFGS.
         """
         chosen = sorted(set(heads))
         for head in chosen:
@@ -285,6 +289,8 @@ class MultiverseHead(nn.Module):
         self.active.copy_(active)
         for parameter in (self.weight, self.bias):
             parameter[places] = 0
+            if parameter.grad is not None:
+                parameter.grad[places] = 0
             kept = {} if optimizer is None else optimizer.state.get(parameter, {})
             for value in kept.values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -331,9 +337,12 @@ class MultiverseHead(nn.Module):
         return weight.to(self.weight.dtype), (share @ self.bias.to(dtype)).to(self.bias.dtype)
 
     def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"{_OP}: x must have shape (B, {self.in_features}), got {tuple(x.shape)}")
-        if x.dtype != self.weight.dtype and not autocasts(x):
+        check_device(_OP, "x", x, self.weight, "weight")
+        if x.dtype != self.weight.dtype and not (x.is_floating_point() and autocasts(x)):
             raise TypeError(
                 f"{_OP}: x must have the dtype of weight, {self.weight.dtype}, got {x.dtype}; cast it, or run"
                 " under torch.autocast"

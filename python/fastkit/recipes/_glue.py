@@ -46,11 +46,12 @@ class Task(NamedTuple):
             **{name: len(part.y) for name, part in parts.items()},
             "classes": self.classes,
             "left_out": self.left_out,
-            "sha256": sha256(chunk for part in parts.values() for chunk in _bytes(part)),
+            "sha256": sha256(chunk for part in parts.values() for chunk in chunks(part)),
         }
 
 
-def _bytes(part: Part) -> list[bytes]:
+def chunks(part: Part) -> list[bytes]:
+    """What tells it from other parts, to be hashed."""
     # No field holds a line break.
     return ["\n".join(texts).encode() for texts in (part.first, part.second or [])] + [part.y.tobytes()]
 
@@ -117,27 +118,28 @@ _COLA = ["source", "label", "star", "sentence"]  # its files have no header
 _NONE = ("", "-")  # the label of pairs on which annotators disagreed
 
 
-def load(folder: Path, *, kind: str | None = None, target: str | None = None) -> Task:
+def load(folder: Path, *, kind: str | None = None, target: str | None = None, option: str = "--data") -> Task:
     """The data set in ``folder``: train, and dev or test or both, as .tsv or .tsv.gz.
 
     Args:
         kind: a key of ``METRICS``; found by the folder's name or the columns without it.
         target: the column of the labels; the first known one without it.
+        option: what gave the folder, for messages.
 
     Raises:
         Refusal: it is not there, or not as docs/data.md says.
     """
-    check_folder(folder, "the folder that holds train.tsv or train.tsv.gz, and dev or test beside it")
-    paths = {name: path for name in _PARTS if (path := _path(folder, name)) is not None}
+    check_folder(folder, "the folder that holds train.tsv or train.tsv.gz, and dev or test beside it", option)
+    paths = {name: path for name in _PARTS if (path := _path(folder, name, option)) is not None}
     if "train" not in paths:
-        raise Refusal(f"--data must hold train.tsv or train.tsv.gz, got neither in {folder}")
+        raise Refusal(f"{option} must hold train.tsv or train.tsv.gz, got neither in {folder}")
     tables = {name: _read(path, name, target) for name, path in paths.items()}
     train = tables.pop("train")
     if train is None:
         raise Refusal(f"{paths['train']} must have labels, got a column of labels in none of its lines")
     held_out = {name: table for name, table in tables.items() if table is not None}
     if not held_out:
-        raise Refusal(f"--data must hold a labelled dev or test part, got train alone in {folder}")
+        raise Refusal(f"{option} must hold a labelled dev or test part, got train alone in {folder}")
     kind = kind or _kind_of(folder.resolve().name, train)
     for name, table in held_out.items():
         if (table.second is None) != (train.second is None):
@@ -163,10 +165,10 @@ class _Table(NamedTuple):
     left_out: int
 
 
-def _path(folder: Path, name: str) -> Path | None:
+def _path(folder: Path, name: str, option: str) -> Path | None:
     found = [path for suffix in (".tsv", ".tsv.gz") if (path := folder / f"{name}{suffix}").is_file()]
     if len(found) > 1:
-        raise Refusal(f"--data must hold one file a part, got {found[0].name} and {found[1].name}")
+        raise Refusal(f"{option} must hold one file a part, got {found[0].name} and {found[1].name}")
     return found[0] if found else None
 
 

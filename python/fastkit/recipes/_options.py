@@ -51,11 +51,11 @@ def seeds_of(args: argparse.Namespace, default: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(args.seeds or (default[:1] if args.quick else default)))
 
 
-def check_folder(data: Path, give: str) -> None:
-    """Refuses a ``--data`` that is no folder; ``give`` is what to give instead."""
+def check_folder(data: Path, give: str, option: str = "--data") -> None:
+    """Refuses an ``option`` that is no folder; ``give`` is what to give instead."""
     if not data.is_dir():
         found = "a file" if data.exists() else "nothing there"
-        raise Refusal(f"--data must be a folder, got {found}: {data}; give {give}")
+        raise Refusal(f"{option} must be a folder, got {found}: {data}; give {give}")
 
 
 def _seed(text: str) -> int:

@@ -131,9 +131,9 @@ class Training:
             self.schedule.step()
             found = self.model.take_sums()
             assert found is not None
+            total += found[0].sum() / head.active.sum()
             self.eliminator.add(*found)
             head.eliminate(self.eliminator.step(), self.optimizer)
-            total += found[0].sum() / head.active.sum()
         self.done.count += self.every
         figures = {
             "train_loss": total.item() / self.every,

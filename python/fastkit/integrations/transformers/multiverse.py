@@ -35,23 +35,25 @@ class EliminationCallback(TrainerCallback, ExportableState):
 
     Args:
         options: those of ``HeadEliminator``, but ``num_heads`` and ``total_steps``. With ``score="dev"`` a
-            callback of your own gives ``callback.eliminator.add_dev_scores`` what it evaluates.
+            callback of your own gives ``callback.eliminator.add_dev_scores`` what it evaluates. A Trainer
+            evaluates after the check of the same step: pass a ``start`` beyond the first evaluation.
 
     Attributes:
         eliminator: the ``HeadEliminator``, once training has begun.
         events: ``(step, heads)`` of each check that dropped some.
 
     Raises:
-        ValueError: in ``train()``: the model has no heads; the checkpoint has no state of this callback, as
-            if it was given by ``add_callback``, after the Trainer was made; or the model's mask is another
-            than the state's. What ``HeadEliminator`` raises.
+        ValueError: in ``train()``: the model has no heads, or is not given labels; the checkpoint has no
+            state of this callback, as if it was given by ``add_callback``, after the Trainer was made; or the
+            model's mask is another than the state's.
+        What ``HeadEliminator`` raises.
     """
 
     def __init__(self, **options: Any) -> None:
         for name in ("num_heads", "total_steps"):
             if name in options:
                 raise TypeError(f"{_OP}: {name} is that of the model and the run, got one more; leave it out")
-        HeadEliminator(max(options.get("min_heads", 1), 1), total_steps=10**6, **options)  # refuses in time
+        _refuse_in_time(options)
         self.options: dict[str, Any] = options
         self.eliminator: HeadEliminator | None = None
         self.events: list[tuple[int, list[int]]] = []
@@ -83,8 +85,13 @@ class EliminationCallback(TrainerCallback, ExportableState):
         assert self.eliminator is not None
         model = model_of(kwargs["model"])
         found = model.take_sums()
-        if found is not None:
-            self.eliminator.add(*found)
+        if found is None:  # else nobody would notice that the heads are trained by their mean alone
+            raise ValueError(
+                f"{_OP}: forward must get labels in each step, got none in step {state.global_step}; leave"
+                " out label_smoothing_factor and compute_loss_func, which keep them from the model (it has a"
+                " label_smoothing of its own)"
+            )
+        self.eliminator.add(*found)
         dropped = self.eliminator.step()
         if dropped:
             model.head.eliminate(dropped, kwargs["optimizer"])
@@ -112,6 +119,15 @@ class EliminationCallback(TrainerCallback, ExportableState):
                 f"{_OP}: the model must have the {self.eliminator.num_active} heads of the checkpoint's"
                 f" state, got {int(active.sum())}; let the Trainer load the model of that checkpoint"
             )
+
+
+def _refuse_in_time(options: dict[str, Any]) -> None:
+    """Before training: what no number of heads and steps would make right."""
+    heads = options.get("min_heads", 1)
+    enough = heads if isinstance(heads, int) and heads > 0 else 1
+    # Where only the end of checks is given, their beginning is the earlier the shorter the run.
+    steps = 10**9 if options.get("stop") is None else 1
+    HeadEliminator(enough, total_steps=steps, **options)
 
 
 def model_of(model: nn.Module) -> MultiverseForSequenceClassification:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -110,7 +111,7 @@ class HeadEliminator:
             beta = 0.9 if total_steps < 1000 else 0.99
         if not 0 <= check_number(_OP, "beta", beta) < 1:
             raise ValueError(f"{_OP}: beta must be in [0, 1), got {beta}")
-        if not 0 <= check_number(_OP, "margin", margin) < math.inf:
+        if not 0 <= check_number(_OP, "margin", margin) <= sys.float_info.max:
             raise ValueError(f"{_OP}: margin must be finite and not negative, got {margin}")
         if not 0 < check_number(_OP, "fraction", fraction) <= 1:
             raise ValueError(f"{_OP}: fraction must be in (0, 1], got {fraction}")
@@ -188,6 +189,8 @@ class HeadEliminator:
         if isinstance(count, Tensor):
             if count.ndim != 0:
                 raise ValueError(f"{_OP}: add: count must be a 0-d tensor, got shape {tuple(count.shape)}")
+            if count.is_complex():
+                raise TypeError(f"{_OP}: add: count must be real, got {count.dtype}")
             rows = count.to(loss.device, torch.float64).reshape(1)
         else:
             check_integer(f"{_OP}: add", "count", count, 0)
@@ -290,6 +293,8 @@ class HeadEliminator:
             ValueError, TypeError: it is of another format or other options, or not what ``state_dict`` gives.
         """
         op = f"{_OP}: load_state_dict"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{op}: state must be what state_dict() gave, got {type(state).__name__}")
         if state.get("format") != FORMAT:
             raise ValueError(
                 f"{op}: format must be {FORMAT}, got {state.get('format')}; is it of another version?"
@@ -339,6 +344,8 @@ class HeadEliminator:
                 f"{_OP}: {name} must have shape ({self.num_heads},), got {tuple(tensor.shape)}; pass one"
                 " number for each head"
             )
+        if tensor.is_complex():
+            raise TypeError(f"{_OP}: {name} must be real, got {tensor.dtype}")
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}
