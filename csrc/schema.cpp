@@ -136,6 +136,17 @@ STABLE_TORCH_LIBRARY(fastkit, m) {
   m.def(
       "multihead_loss_penalty_(Tensor rows, str kind, float width, Tensor(a!) sums, Tensor(b!)? gradient) -> ()");
 
+  // Of candidates (G,m,D), each argument of one image set or of all: score, variance and increment (G,m) beside chosen
+  // (G,S,D); and the indices, scores and variances (G,k) of those that are chosen one after the other.
+  m.def(
+      "phrase_scores_fwd(Tensor candidates, Tensor centroid, Tensor scatter, Tensor? chosen, Tensor? prior, "
+      "float variance_weight, float orthogonality_weight, float prior_weight) "
+      "-> (Tensor score, Tensor variance, Tensor increment)");
+  m.def(
+      "select_phrases_fwd(Tensor candidates, Tensor centroid, Tensor scatter, Tensor? prior, int k, bool deflate, "
+      "float variance_weight, float orthogonality_weight, float prior_weight) "
+      "-> (Tensor indices, Tensor scores, Tensor variances)");
+
   // The orthogonal factors of m (B,P,Q), P >= Q, and whether they have become orthogonal (B). Steps, three numbers each:
   // x (a + b x^2) / (1 + c x^2) of each singular value x, then x (c0 + c1 x^2 + c2 x^4), which are taken again if needed.
   m.def("polar_fwd(Tensor m, float[] rationals, float[] quintics) -> (Tensor w, Tensor orthogonal)");

@@ -22,6 +22,7 @@ STEMS = (
     "mtadam",
     "moments",
     "multihead_loss",
+    "phrase_scores",
     "procrustes",
     "topk_similarity",
 )

@@ -9,6 +9,7 @@ from fastkit.ops.moments import merge_moments, moments
 from fastkit.ops.mtadam import mtadam_square_sums, mtadam_update_
 from fastkit.ops.multihead_loss import multihead_loss
 from fastkit.ops.multihead_loss_penalty import orthogonality_penalty
+from fastkit.ops.phrase_scores import phrase_scores, select_phrases
 from fastkit.ops.procrustes import polar, procrustes
 from fastkit.ops.topk_similarity import csls_topk, topk_similarity
 from fastkit.reference import (
@@ -18,6 +19,8 @@ from fastkit.reference import (
     LinearWithStats,
     Moments,
     MultiheadLoss,
+    PhraseScores,
+    PhraseSelection,
     TopK,
 )
 
@@ -28,6 +31,8 @@ __all__ = [
     "LinearWithStats",
     "Moments",
     "MultiheadLoss",
+    "PhraseScores",
+    "PhraseSelection",
     "TopK",
     "column_norms",
     "csls_topk",
@@ -45,10 +50,12 @@ __all__ = [
     "mtadam_update_",
     "multihead_loss",
     "orthogonality_penalty",
+    "phrase_scores",
     "polar",
     "procrustes",
     "prune_rows_",
     "prune_rows_grouped_",
+    "select_phrases",
     "sosfilt",
     "topk_similarity",
 ]

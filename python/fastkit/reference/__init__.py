@@ -19,6 +19,12 @@ from fastkit.reference.moments import Moments, merge_moments, moments
 from fastkit.reference.mtadam import mtadam_square_sums, mtadam_update_
 from fastkit.reference.multihead_loss import MultiheadLoss, multihead_loss
 from fastkit.reference.multihead_loss_penalty import orthogonality_penalty
+from fastkit.reference.phrase_scores import (
+    PhraseScores,
+    PhraseSelection,
+    phrase_scores,
+    select_phrases,
+)
 from fastkit.reference.procrustes import polar, procrustes
 from fastkit.reference.topk_similarity import TopK, csls_topk, topk_similarity
 
@@ -29,6 +35,8 @@ __all__ = [
     "LinearWithStats",
     "Moments",
     "MultiheadLoss",
+    "PhraseScores",
+    "PhraseSelection",
     "TopK",
     "column_norms",
     "csls_topk",
@@ -46,10 +54,12 @@ __all__ = [
     "mtadam_update_",
     "multihead_loss",
     "orthogonality_penalty",
+    "phrase_scores",
     "polar",
     "procrustes",
     "prune_rows_",
     "prune_rows_grouped_",
+    "select_phrases",
     "sosfilt",
     "topk_similarity",
 ]
