@@ -7,36 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkit import _native, reference
+from fastkit import reference
 from fastkit._autograd import Function, differentiates, transforms, without_autocast
 from fastkit._dispatch import Impl, Kernels, choose
-from fastkit.ops._checks import FLOATING, arithmetic, check_one_device, check_tensors
+from fastkit.ops import phrase_scores_kernels
+from fastkit.ops._checks import FLOATING, HALF, arithmetic, check_tensors
 from fastkit.ops.phrase_scores_checks import check_selection, check_sets, check_weights
 from fastkit.reference import PhraseScores, PhraseSelection
 
-KERNELS: Kernels = {"cpu": FLOATING}
+KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 Orthogonality = Literal["penalty", "deflate"]
 Weights = tuple[float, float, float]
-
-if _native.REASON is None:
-
-    @torch.library.register_fake("fastkit::phrase_scores_fwd")
-    def _(
-        candidates: Tensor, centroid: Tensor, scatter: Tensor, chosen: Tensor | None, prior: Tensor | None,
-        *_: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        check_one_device("phrase_scores", candidates, centroid, scatter, chosen, prior)
-        shape = _sets(candidates, centroid, scatter, chosen, prior), candidates.shape[1]
-        return candidates.new_empty(shape), candidates.new_empty(shape), candidates.new_empty(shape)
-
-    @torch.library.register_fake("fastkit::select_phrases_fwd")
-    def _(
-        candidates: Tensor, centroid: Tensor, scatter: Tensor, prior: Tensor | None, k: int, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        check_one_device("select_phrases", candidates, centroid, scatter, prior)
-        shape = _sets(candidates, centroid, scatter, prior), k
-        indices = candidates.new_empty(shape, dtype=torch.int64)
-        return indices, candidates.new_empty(shape), candidates.new_empty(shape)
 
 
 def phrase_scores(
@@ -76,8 +57,9 @@ def phrase_scores(
             scatter is of 500 images.
         prior: ``(m,)``, as the logits of a language model. Default: 0.
         prior_weight: its factor.
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that, backward included, or raises. Default: the
-            kernel where one covers the device, else the reference.
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that, or raises; gradients are always
+            those of the reference. Default: the kernel where one covers the device and dtype (Triton has no
+            float64), else the reference.
 
     Each tensor may have a dimension of G image sets in front; those without are all sets'.
 
@@ -118,11 +100,12 @@ def phrase_scores(
         prior_weight=prior_weight,
     )  # fmt: skip
     tensors = candidates, centroid, scatter, chosen, prior
-    if choose(op, impl, candidates, KERNELS) == "reference" or transforms():
+    chosen_impl = choose(op, impl, candidates, KERNELS)
+    if chosen_impl == "reference" or transforms():
         return _by_reference(tensors, weights)
     if torch.is_grad_enabled() and differentiates(*tensors):
-        return PhraseScores(*_PhraseScores.apply(*tensors, weights))
-    return PhraseScores(*_run(tensors, weights))
+        return PhraseScores(*_PhraseScores.apply(*tensors, weights, chosen_impl))
+    return PhraseScores(*_run(tensors, weights, chosen_impl))
 
 
 def select_phrases(
@@ -150,8 +133,8 @@ def select_phrases(
         k: how many, between 1 and m; none twice. Of equal scores the lower index.
         orthogonality: ``"penalty"`` or ``"deflate"``.
         variance_weight, orthogonality_weight, prior_weight: as of ``phrase_scores``.
-        impl: ``"cpu"`` or ``"reference"`` runs exactly that or raises. Default: the kernel where one covers
-            the device, else the reference.
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that or raises. Default: the kernel
+            where one covers the device and dtype (Triton has no float64), else the reference.
 
     Returns:
         ``PhraseSelection(indices, scores, variances)``, each ``(k,)``, or ``(G, k)``, in the order of choice:
@@ -190,15 +173,15 @@ def select_phrases(
     }  # fmt: skip
     detached = (None if t is None else t.detach() for t in (candidates, scatter, centroid, prior))
     candidates, scatter, centroid, prior = detached  # pyright: ignore[reportAssignmentType]
-    if choose(op, impl, candidates, KERNELS) == "reference" or transforms():
+    chosen_impl = choose(op, impl, candidates, KERNELS)
+    if chosen_impl == "reference" or transforms():
         with without_autocast(candidates):
             return reference.select_phrases(
                 candidates, scatter, k, centroid=centroid, prior=prior, orthogonality=orthogonality, **options
             )
     sets, dense = _dense((candidates, centroid, scatter, prior))
-    found = torch.ops.fastkit.select_phrases_fwd.default(
-        *dense, k, orthogonality == "deflate", *map(float, options.values())
-    )
+    run = phrase_scores_kernels.select[chosen_impl]
+    found = run(*dense, k, orthogonality == "deflate", *map(float, options.values()))
     return PhraseSelection(*(t if sets else t[0] for t in found))
 
 
@@ -206,13 +189,13 @@ class _PhraseScores(Function):
     @staticmethod
     def forward(
         candidates: Tensor, centroid: Tensor, scatter: Tensor, chosen: Tensor | None, prior: Tensor | None,
-        weights: Weights,
+        weights: Weights, impl: Impl,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return _run((candidates, centroid, scatter, chosen, prior), weights)
+        return _run((candidates, centroid, scatter, chosen, prior), weights, impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.weights = inputs
+        *tensors, ctx.weights, _ = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -229,7 +212,7 @@ class _PhraseScores(Function):
                 list(found), wanted, list(grad_outputs), create_graph=creates, allow_unused=True
             )
         found_of = iter(gradients)
-        return *(next(found_of) if need else None for need in ctx.needs_input_grad[:5]), None
+        return *(next(found_of) if need else None for need in ctx.needs_input_grad[:5]), None, None
 
 
 def _by_reference(tensors: Any, weights: Weights) -> PhraseScores:
@@ -241,9 +224,9 @@ def _by_reference(tensors: Any, weights: Weights) -> PhraseScores:
         )  # fmt: skip
 
 
-def _run(tensors: Any, weights: Weights) -> tuple[Tensor, ...]:
+def _run(tensors: Any, weights: Weights, impl: Impl) -> tuple[Tensor, ...]:
     sets, dense = _dense(tensors)
-    found = torch.ops.fastkit.phrase_scores_fwd.default(*dense, *map(float, weights))
+    found = phrase_scores_kernels.score[impl](*dense, *map(float, weights))
     return tuple(t if sets else t[0] for t in found)
 
 
@@ -257,7 +240,3 @@ def _dense(tensors: Any) -> tuple[bool, list[Tensor | None]]:
             tensor = (tensor if tensor.dim() > dim else tensor.unsqueeze(0)).to(dtype).contiguous()
         dense.append(tensor)
     return sets, dense
-
-
-def _sets(*tensors: Tensor | None) -> int:
-    return max(t.shape[0] for t in tensors if t is not None)
