@@ -69,7 +69,7 @@ BYTES: dict[str, str] = {
     "multihead_loss_weights": "8",
     "multihead_loss_inputs": "8",
     "multihead_loss_slopes": "8 a pair",
-    "phrase_scores_rows": "20 a number of a candidate",
+    "phrase_scores_rows": "24 a number of a candidate",
     "phrase_scores_variances": "4 a number of a candidate; 4 for 32 candidates of the scatter",
     "phrase_scores_finish": "4 a number of a candidate",
     "phrase_scores_pick": "0; 8 a candidate",

@@ -40,10 +40,19 @@ FASTKIT_INLINE T dot(const T* a, const T* b, int64_t n) {
   return sum_of<T>(one + other);
 }
 
+// A row to unit length: first over its largest number, so that no square overflows or vanishes.
 template <class T>
-FASTKIT_INLINE T inverse_length(const T* row, int64_t n) {
-  const T length = std::sqrt(dot(row, row, n));
-  return 1 / (length > T(1e-12) ? length : T(1e-12));
+FASTKIT_INLINE void unit_row(T* to, const T* row, int64_t n) {
+  T largest = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    const T size = row[d] < 0 ? -row[d] : row[d];
+    largest = size > largest ? size : largest;
+  }
+  const T large = largest > 0 ? 1 / largest : T(1);
+  for (int64_t d = 0; d < n; ++d) to[d] = large * row[d];
+  const T length = std::sqrt(dot(static_cast<const T*>(to), static_cast<const T*>(to), n));
+  const T scale = length > 0 ? 1 / length : T(1);
+  for (int64_t d = 0; d < n; ++d) to[d] *= scale;
 }
 
 template <class T>
@@ -94,8 +103,7 @@ FASTKIT_INLINE T direction(T* row, T part, int64_t n) {
 template <class T>
 void prepare(const PhraseSet<T>& p, const Room<T>& room, ParallelRanges parallel) {
   const int64_t n = p.columns;
-  const T of_centroid = inverse_length(p.centroid, n);
-  for (int64_t d = 0; d < n; ++d) room.centroid[d] = of_centroid * p.centroid[d];
+  unit_row(room.centroid, p.centroid, n);
   for (int64_t first = 0; first < n; first += kWide<T>) {
     T* to = room.packed + first * n;
     for (int64_t d = 0; d < n; ++d) {
@@ -104,10 +112,8 @@ void prepare(const PhraseSet<T>& p, const Room<T>& room, ParallelRanges parallel
   }
   in_ranges(parallel, p.count, 8 * n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* row = p.candidates + i * n;
       T* unit = room.unit + i * n;
-      const T scale = inverse_length(row, n);
-      for (int64_t d = 0; d < n; ++d) unit[d] = scale * row[d];
+      unit_row(unit, p.candidates + i * n, n);
       T* u = room.u + i * n;
       for (int64_t d = 0; d < n; ++d) u[d] = unit[d] - room.centroid[d];
       direction(u, T(1), n);
@@ -164,9 +170,8 @@ void score(const PhraseScoring<T>& p, ParallelRanges parallel) {
   variances<T>(p, room, parallel);
   double before = 0;
   for (int64_t s = 0; s < count; ++s) {
-    const T scale = inverse_length(p.chosen + s * n, n);
     T* f = room.chosen + s * n;
-    for (int64_t d = 0; d < n; ++d) f[d] = scale * p.chosen[s * n + d];
+    unit_row(f, p.chosen + s * n, n);
     for (int64_t r = 0; r < s; ++r) {
       const double product = dot(static_cast<const T*>(f), static_cast<const T*>(room.chosen) + r * n, n);
       before += 2 * product * product;

@@ -50,7 +50,7 @@ def phrase_scores(
         candidates: ``(m, D)``, embeddings of the phrases, of any length but 0; float32, float64, bfloat16 or
             float16; any strides.
         centroid: ``(D,)``, that of the phrase for the whole set.
-        scatter: ``(D, D)``, symmetric and positive semidefinite, which is not looked at; in the dtype of
+        scatter: ``(D, D)``, symmetric and positive semidefinite, which is not checked; in the dtype of
             candidates, or float32 for half precision, as the others.
         chosen: ``(S, D)``, embeddings of the phrases before. Default: none, and every increment is 0.
         variance_weight, orthogonality_weight: not negative; by default those of the published code, whose
@@ -196,23 +196,34 @@ class _PhraseScores(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.weights, _ = inputs
+        chosen = tensors[3]
+        if chosen is None or chosen.shape[-2] == 0:
+            ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         creates = torch.is_grad_enabled()
         with torch.enable_grad():
+            # Views, for one argument may come from another, as chosen rows do from candidates.
             leaves = [
-                t if t is None or creates else t.detach().requires_grad_(need)
+                t if t is None else t.view_as(t) if creates else t.detach().requires_grad_(need)
                 for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
             ]
-            found = _by_reference(leaves, ctx.weights)
+            found = [
+                (y, g)
+                for y, g in zip(_by_reference(leaves, ctx.weights), grad_outputs, strict=True)
+                if g is not None and y.requires_grad
+            ]
             wanted: Any = [t for t, need in zip(leaves, ctx.needs_input_grad, strict=False) if need]
-            gradients = torch.autograd.grad(
-                list(found), wanted, list(grad_outputs), create_graph=creates, allow_unused=True
-            )
-        found_of = iter(gradients)
-        return *(next(found_of) if need else None for need in ctx.needs_input_grad[:5]), None, None
+            gradients = iter((None,) * len(wanted))
+            if found:
+                outputs, cotangents = zip(*found, strict=True)
+                gradients = iter(
+                    torch.autograd.grad(outputs, wanted, cotangents, create_graph=creates, allow_unused=True)
+                )
+        return *(next(gradients) if need else None for need in ctx.needs_input_grad[:5]), None, None
 
 
 def _by_reference(tensors: Any, weights: Weights) -> PhraseScores:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkit.ops._checks import (
     MOST,
+    arithmetic,
     check_floating,
     check_int,
     check_like_or_widened,
@@ -61,8 +62,8 @@ def check_sets(
     if chosen is not None:
         _check_rows(op, "chosen", chosen)
     for name, tensor in (("scatter", scatter), ("prior", prior)):
-        if tensor is not None and may_look_at(tensor) and not bool(tensor.isfinite().all()):
-            raise RuntimeError(f"{op}: {name} must be finite, got {_first(~tensor.isfinite())} that is not")
+        if tensor is not None:
+            _check_finite(op, name, tensor)
 
 
 def check_weights(op: str, **weights: float) -> None:
@@ -94,10 +95,11 @@ def _one_number_of_sets(op: str, name: str, tensor: Tensor, sets: int | None) ->
 
 
 def _check_rows(op: str, name: str, rows: Tensor) -> None:
+    """What is subnormal in the arithmetic has no direction that survives it."""
     if not may_look_at(rows):
         return
-    largest = rows.detach().abs().amax(-1)
-    bad = ~(largest.isfinite() & (largest > 0))
+    largest = rows.detach().abs().amax(-1).to(arithmetic(rows))
+    bad = ~(largest.isfinite() & (largest >= torch.finfo(largest.dtype).tiny))
     if bool(bad.any()):
         what = "the vector" if largest.dim() == 0 else f"row {_first(bad)}"
         raise RuntimeError(
@@ -105,6 +107,15 @@ def _check_rows(op: str, name: str, rows: Tensor) -> None:
         )
 
 
-def _first(bad: Tensor) -> str:
+def _check_finite(op: str, name: str, tensor: Tensor) -> None:
+    if not may_look_at(tensor):
+        return
+    bad = ~tensor.detach().isfinite()
+    if bool(bad.any()):
+        place = _first(bad)
+        raise RuntimeError(f"{op}: {name} must be finite, got {float(tensor[place]):g} at {place}")
+
+
+def _first(bad: Tensor) -> int | tuple[int, ...]:
     place = torch.nonzero(bad)[0].tolist()
-    return "a number" if not place else f"{place[0] if len(place) == 1 else tuple(place)}"
+    return place[0] if len(place) == 1 else tuple(place)

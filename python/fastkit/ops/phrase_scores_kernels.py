@@ -38,7 +38,8 @@ def _fake_select(
 
 
 def _sets(*tensors: Tensor | None) -> int:
-    return max(t.shape[0] for t in tensors if t is not None)
+    """How many image sets these are of; an argument of one is all sets'."""
+    return next((t.shape[0] for t in tensors if t is not None and t.shape[0] != 1), 1)
 
 
 score: dict[str, Callable[..., Any]] = {

@@ -45,14 +45,13 @@ def phrase_scores(
     Delta what the candidate adds to ``|F F^T - I|`` of the chosen rows F. In float64 for float64 candidates,
     else in float32.
     """
-    t, a = _unit(candidates), _unit(centroid)
+    t, a = unit_rows(candidates), unit_rows(centroid)
     scatter = scatter.to(t.dtype)
-    variance = _along(_directions(t, a), scatter)
+    variance = _along(_directions(t - a.unsqueeze(-2)), scatter)
     increment = torch.zeros_like(variance)
     if chosen is not None and chosen.shape[-2] > 0:
-        f = _unit(chosen)
-        gram = f @ f.mT
-        before = (gram - torch.eye(gram.shape[-1], dtype=t.dtype, device=t.device)).square().sum((-2, -1))
+        f = unit_rows(chosen)
+        before = 2 * (f @ f.mT).triu(1).square().sum((-2, -1))  # of unit rows the diagonal is I's
         overlap = (t @ f.mT).square().sum(-1)
         increment = increment + _growth(before.unsqueeze(-1), overlap)
     score = variance_weight * variance - orthogonality_weight * increment
@@ -78,9 +77,9 @@ def select_phrases(
     With "deflate" there is no Delta: V is the scatter along what of the direction is orthogonal to those that
     were chosen, taken to unit length. Of equal scores the lower index is chosen.
     """
-    t, a = _unit(candidates), _unit(centroid)
+    t, a = unit_rows(candidates), unit_rows(centroid)
     scatter = scatter.to(t.dtype)
-    directions = _directions(t, a)
+    directions = _directions(t - a.unsqueeze(-2))
     variance = _along(directions, scatter)
     base = torch.zeros_like(variance)
     if prior is not None:
@@ -90,7 +89,7 @@ def select_phrases(
     t, directions = (rows.expand(*shape, *rows.shape[-2:]) for rows in (t, directions))
     free = torch.ones_like(base, dtype=torch.bool)
     overlap, before = torch.zeros_like(base), base.new_zeros(*shape, 1)
-    basis = directions[..., :0, :]
+    rest, basis = directions, directions[..., :0, :]
     picks: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(k):
         score = base + variance_weight * variance
@@ -104,22 +103,23 @@ def select_phrases(
             before = before + 2 * overlap.gather(-1, best)
             overlap = overlap + (t @ t.gather(-2, row).mT).squeeze(-1).square()
         else:
-            basis = torch.cat([basis, normalize(_left(directions.gather(-2, row), basis), dim=-1)], dim=-2)
-            left = _left(directions, basis)
-            length = torch.linalg.vector_norm(left, dim=-1, keepdim=True)
-            variance = _along(torch.where(length > LEAST, left / length.clamp_min(LEAST), 0.0), scatter)
+            basis = torch.cat([basis, rest.gather(-2, row)], dim=-2)
+            rest = _directions(_left(directions, basis))
+            variance = _along(rest, scatter)
     return PhraseSelection(*(torch.cat(each, dim=-1) for each in zip(*picks, strict=True)))
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
+def unit_rows(rows: Tensor) -> Tensor:
+    """Divided first by their largest numbers, of whose squares none overflows and not all vanish."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    return normalize(rows / largest.masked_fill(largest == 0, 1), dim=-1)
 
 
-def _directions(t: Tensor, a: Tensor) -> Tensor:
-    """From the centroid to each candidate, of unit length; 0 where they are next to each other."""
-    far = t - a.unsqueeze(-2)
-    length = torch.linalg.vector_norm(far, dim=-1, keepdim=True)
-    return torch.where(length > LEAST, far / length.clamp_min(LEAST), 0.0)
+def _directions(rows: Tensor) -> Tensor:
+    """Of unit length; 0 where there is next to nothing."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(length > LEAST, rows / length.clamp_min(LEAST), 0.0)
 
 
 def _along(directions: Tensor, scatter: Tensor) -> Tensor:
@@ -128,11 +128,14 @@ def _along(directions: Tensor, scatter: Tensor) -> Tensor:
 
 def _growth(before: Tensor, overlap: Tensor) -> Tensor:
     """``sqrt(before + 2 overlap) - sqrt(before)``, without the difference."""
-    return (
-        2
-        * overlap
-        / ((before + 2 * overlap).sqrt() + before.sqrt()).clamp_min(torch.finfo(before.dtype).tiny)
-    )
+    after = before + 2 * overlap
+    return 2 * overlap / (_root(after) + _root(before)).masked_fill(after == 0, 1)
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, with a gradient of 0 at 0."""
+    zero = x == 0
+    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def _left(rows: Tensor, basis: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ set: the best score of those that are left; ``phrase_scores_follow`` owns a cand
 with the pick, or takes from its direction what lies along the pick's. Nothing is read back: k picks are 2 k
 launches, with deflation 3 k.
 
-Bytes. A candidate is read three times, by one program, and t and u are written; the scatter is read once for
+Bytes. A candidate is read four times, by one program, and t and u are written; the scatter is read once for
 ``BM`` candidates, from the second-level cache; a pick reads t, with deflation u, and writes that.
 
 Numerics. Products are IEEE's, in float32; O^2 and what is made of it in float64.
@@ -29,15 +29,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from fastkit.reference.phrase_scores import LEAST
+from fastkit.reference.phrase_scores import LEAST, unit_rows
 
 
 @triton.jit
 def _row(pointer, begin, columns, BD: tl.constexpr):
     d = begin + tl.arange(0, BD)
     return tl.load(pointer + d, mask=d < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scales(pointer, columns, BD: tl.constexpr):
+    # Which make a row one of unit length: first by its largest number, so that no square overflows or vanishes.
+    most = tl.zeros([BD], tl.float32)
+    for begin in range(0, columns, BD):
+        most = tl.maximum(most, tl.abs(_row(pointer, begin, columns, BD)))
+    largest = tl.max(most, axis=0)
+    large = 1.0 / tl.where(largest > 0.0, largest, 1.0)
+    squares = tl.zeros([BD], tl.float32)
+    for begin in range(0, columns, BD):
+        x = _row(pointer, begin, columns, BD) * large
+        squares += x * x
+    length = tl.sqrt(tl.sum(squares, axis=0))
+    return large, 1.0 / tl.where(length > 0.0, length, 1.0)
 
 
 @triton.jit
@@ -58,24 +73,19 @@ def phrase_scores_rows(
     candidates += image_set * of_candidates + row * columns
     centroid += image_set * of_centroid
     to = (image_set * m + row) * columns
-    squares = tl.zeros([BD], tl.float32)
-    of_a = tl.zeros([BD], tl.float32)
-    for begin in range(0, columns, BD):
-        c, a = _row(candidates, begin, columns, BD), _row(centroid, begin, columns, BD)
-        squares += c * c
-        of_a += a * a
-    scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, axis=0)), 1e-12)
-    scale_a = 1.0 / tl.maximum(tl.sqrt(tl.sum(of_a, axis=0)), 1e-12)
+    large, scale = _scales(candidates, columns, BD)
+    large_a, scale_a = _scales(centroid, columns, BD)
     far = tl.zeros([BD], tl.float32)
     for begin in range(0, columns, BD):
-        u = scale * _row(candidates, begin, columns, BD) - scale_a * _row(centroid, begin, columns, BD)
+        u = _row(candidates, begin, columns, BD) * large * scale
+        u -= _row(centroid, begin, columns, BD) * large_a * scale_a
         far += u * u
     length = tl.sqrt(tl.sum(far, axis=0))
     inverse = tl.where(length > LEAST, 1.0 / tl.where(length > LEAST, length, 1.0), 0.0)
     for begin in range(0, columns, BD):
         d = begin + tl.arange(0, BD)
-        t = scale * _row(candidates, begin, columns, BD)
-        u = (t - scale_a * _row(centroid, begin, columns, BD)) * inverse
+        t = _row(candidates, begin, columns, BD) * large * scale
+        u = (t - _row(centroid, begin, columns, BD) * large_a * scale_a) * inverse
         tl.store(unit + to + d, t, mask=d < columns)
         tl.store(directions + to + d, u, mask=d < columns)
 
@@ -239,7 +249,7 @@ def score(
     increment, total = torch.empty_like(variance), torch.empty_like(variance)
     before, count = variance.new_zeros(1, dtype=torch.float64), 0
     if chosen is not None and chosen.shape[1] > 0:
-        chosen, count = normalize(chosen, dim=-1), chosen.shape[1]
+        chosen, count = unit_rows(chosen), chosen.shape[1]
         gram = torch.bmm(chosen, chosen.mT).double()
         gram.diagonal(dim1=1, dim2=2).zero_()
         before = gram.square().sum((1, 2))
