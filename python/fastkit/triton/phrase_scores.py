@@ -41,7 +41,7 @@ def _row(pointer, begin, columns, BD: tl.constexpr):
 
 @triton.jit
 def _scales(pointer, columns, BD: tl.constexpr):
-    # Which make a row one of unit length: first by its largest number, so that no square overflows or vanishes.
+    # Which make a row of unit length: first by its largest number, so that no square overflows or vanishes.
     most = tl.zeros([BD], tl.float32)
     for begin in range(0, columns, BD):
         most = tl.maximum(most, tl.abs(_row(pointer, begin, columns, BD)))
