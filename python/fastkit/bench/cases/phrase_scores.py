@@ -11,7 +11,7 @@ def cases(*, quick: bool = False) -> list[Case]:
     if quick:
         return [
             image_set.scores_case(100, 32, 2, images=50, warm=True, compile=False),
-            image_set.selection_case(100, 32, 3, images=50, warm=True, compile=False),
+            image_set.selection_case(100, 32, 3, images=50, warm=True),
         ]
     return [
         image_set.scores_case(1000, 256, 6, images=500, warm=True),
@@ -27,5 +27,8 @@ def demo_cases(*, quick: bool = False) -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """None: there is no kernel for a GPU."""
-    return []
+    """The same."""
+    return [
+        image_set.scores_case(1000, 256, 6, images=500, device="cuda"),
+        image_set.selection_case(1000, 256, 7, images=500, device="cuda"),
+    ]

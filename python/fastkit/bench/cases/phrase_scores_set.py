@@ -12,27 +12,52 @@ from torch.nn.functional import normalize
 
 from fastkit import ops, reference
 from fastkit.bench.case import Call, Case
-from fastkit.bench.contest import SAME_WORK, Yardstick, compiler, make_product, makers_of_ours, our_others
+from fastkit.bench.contest import (
+    SAME_WORK,
+    DeviceType,
+    Yardstick,
+    compiler,
+    make_product,
+    makers_of_ours,
+    our_others,
+)
 from fastkit.ops.phrase_scores import KERNELS, Orthogonality
 
 
-def scores_case(m: int, D: int, S: int, *, images: int, warm: bool = False, compile: bool = True) -> Case:
+def scores_case(
+    m: int,
+    D: int,
+    S: int,
+    *,
+    images: int,
+    warm: bool = False,
+    compile: bool = True,
+    device: DeviceType = "cpu",
+) -> Case:
     """m candidates of D numbers beside S phrases; the floor is their product with the scatter."""
     return Case(
         op="phrase_scores",
         shape=f"{m}x{D} beside {S}, {images} images",
         direction="fwd",
         floor_bytes=4 * (m * D + D * D + 3 * m),
-        contest=partial(_Scores, m, D, S, images, compile),
+        contest=partial(_Scores, (m, D, S, images), compile, device),
         warm=warm,
         tolerance=1e-4,
-        yardsticks=our_others("cpu", KERNELS) | {SAME_WORK},
+        yardsticks=our_others(device, KERNELS) | {SAME_WORK},
         floor=SAME_WORK,
+        device=device,
     )
 
 
 def selection_case(
-    m: int, D: int, k: int, *, images: int, deflate: bool = False, warm: bool = False, compile: bool = True
+    m: int,
+    D: int,
+    k: int,
+    *,
+    images: int,
+    deflate: bool = False,
+    warm: bool = False,
+    device: DeviceType = "cpu",
 ) -> Case:
     """k of m candidates. The floor is a product with the scatter, and one with each pick; or k with it."""
     return Case(
@@ -40,11 +65,12 @@ def selection_case(
         shape=f"{k} of {m}x{D}, {'deflation' if deflate else 'penalty'}, {images} images",
         direction="fwd",
         floor_bytes=4 * (m * D + D * D + 3 * k),
-        contest=partial(_Selection, m, D, k, images, "deflate" if deflate else "penalty", compile),
+        contest=partial(_Selection, (m, D, k, images), "deflate" if deflate else "penalty", device),
         warm=warm,
         tolerance=1e-4,
-        yardsticks=our_others("cpu", KERNELS) | {SAME_WORK},
+        yardsticks=our_others(device, KERNELS) | {SAME_WORK},
         floor=SAME_WORK,
+        device=device,
     )
 
 
@@ -58,32 +84,34 @@ class _Set(NamedTuple):
     scatter: Tensor
 
     @staticmethod
-    def of(m: int, D: int, S: int, images: int) -> _Set:
-        generator = torch.Generator().manual_seed(0)
-        mean = torch.randn(D, generator=generator)
+    def of(m: int, D: int, S: int, images: int, device: DeviceType) -> _Set:
+        generator = torch.Generator(device).manual_seed(0)
+        randn = partial(torch.randn, generator=generator, device=device)
+        mean = randn(D)
 
         def rows(count: int) -> Tensor:
-            return normalize(mean + torch.randn(count, D, generator=generator), dim=1)
+            return normalize(mean + randn(count, D), dim=1)
 
         x = rows(images)
         return _Set(x, rows(m), rows(1)[0], rows(S), ops.moments(x).scatter)
 
 
 class _Scores:
-    def __init__(self, m: int, D: int, S: int, images: int, compile: bool) -> None:
-        self.size = m, D, S, images
+    def __init__(self, size: tuple[int, int, int, int], compile: bool, device: DeviceType) -> None:
+        self.size = size
         self.compile = compile
+        self.device: DeviceType = device
 
     @cached_property
     def given(self) -> _Set:
-        return _Set.of(*self.size)
+        return _Set.of(*self.size, self.device)
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
         m, D, S, _ = self.size
         makers: dict[str, Callable[[], Call]] = {
-            **makers_of_ours("cpu", KERNELS, self.make_ours),
-            SAME_WORK: partial(make_product, m * D * (D + S), "cpu"),
+            **makers_of_ours(self.device, KERNELS, self.make_ours),
+            SAME_WORK: partial(make_product, m * D * (D + S), self.device),
             "quadratic form": lambda: partial(_short_form, *self.given[1:]),
             "a candidate at a time": lambda: partial(_literal, *self.given[:4]),
         }
@@ -96,14 +124,15 @@ class _Scores:
         return lambda: ops.phrase_scores(candidates, centroid, scatter, chosen, impl=impl)[0]
 
     def make_compiled(self) -> Call:
-        call = partial(compiler("cpu")(_short_form), *self.given[1:])
+        call = partial(compiler(self.device)(_short_form), *self.given[1:])
         call()
         return call
 
     def error(self, result: Any) -> float:
         if isinstance(result, Yardstick):
             return result.measure(result.result)
-        return float((result.double() - self.expected).abs().amax() / self.expected.abs().amax())
+        far = (result.double() - self.expected).abs()
+        return float(far.amax() / self.expected.abs().amax())
 
     @cached_property
     def expected(self) -> Tensor:
@@ -114,24 +143,24 @@ class _Scores:
 
 class _Selection:
     def __init__(
-        self, m: int, D: int, k: int, images: int, orthogonality: Orthogonality, compile: bool
+        self, size: tuple[int, int, int, int], orthogonality: Orthogonality, device: DeviceType
     ) -> None:
-        self.size = m, D, k, images
+        self.size = size
         self.orthogonality: Orthogonality = orthogonality
-        self.compile = compile
+        self.device: DeviceType = device
 
     @cached_property
     def given(self) -> _Set:
         m, D, _, images = self.size
-        return _Set.of(m, D, 0, images)
+        return _Set.of(m, D, 0, images, self.device)
 
     @property
     def makers(self) -> Mapping[str, Callable[[], Call]]:
         m, D, k, _ = self.size
         work = m * D * (D * k if self.orthogonality == "deflate" else D + k - 1)
         makers: dict[str, Callable[[], Call]] = {
-            **makers_of_ours("cpu", KERNELS, self.make_ours),
-            SAME_WORK: partial(make_product, work, "cpu"),
+            **makers_of_ours(self.device, KERNELS, self.make_ours),
+            SAME_WORK: partial(make_product, work, self.device),
         }
         if self.orthogonality == "penalty":
             images, candidates, centroid, _, scatter = self.given
@@ -177,11 +206,15 @@ def _literal(images: Tensor, candidates: Tensor, centroid: Tensor, chosen: Tenso
     products = images @ normalize(candidates - centroid, dim=1).T
     variance = (products - products.mean(0)).square().sum(0)
     increments: list[Tensor] = []
-    before = torch.linalg.norm(chosen @ chosen.T - torch.eye(len(chosen)))
+    before = _distance(chosen)
     for candidate in candidates:
         rows = torch.vstack([chosen, candidate])
-        increments.append(torch.linalg.norm(rows @ rows.T - torch.eye(len(rows))) - before)
+        increments.append(_distance(rows) - before)
     return 10 * variance - 80 * torch.stack(increments)
+
+
+def _distance(rows: Tensor) -> Tensor:
+    return torch.linalg.norm(rows @ rows.T - torch.eye(len(rows), device=rows.device))
 
 
 def _short_selection(candidates: Tensor, centroid: Tensor, scatter: Tensor, k: int) -> Tensor:
@@ -204,4 +237,4 @@ def _literal_selection(images: Tensor, candidates: Tensor, centroid: Tensor, k: 
         score = _literal(images, candidates, centroid, candidates[picks])
         score[picks] = -torch.inf
         picks.append(int(score.argmax()))
-    return torch.tensor(picks)
+    return torch.tensor(picks, device=images.device)
