@@ -222,7 +222,7 @@ class _PhraseScores(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         creates = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), without_autocast(ctx.saved_tensors[0]):
             # Views, for one argument may come from another, as chosen rows do from candidates.
             leaves = [
                 t if t is None else t.view_as(t) if creates else t.detach().requires_grad_(need)
