@@ -213,8 +213,7 @@ class _PhraseScores(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.weights = inputs
-        chosen = tensors[3]
-        if chosen is None or chosen.shape[-2] == 0:
+        if tensors[3] is None:
             ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
