@@ -107,7 +107,9 @@ def test_gradients_where_there_is_none_are_zero(impl, dtype):
     rows = torch.eye(5, dtype=dtype)
     for chosen in (rows[:1], rows[:2], rows[:3]):
         candidates = torch.stack([rows[4], rows[4] + rows[0], rows[4] + 2 * rows[2]])
-        leaves = [t.clone().requires_grad_() for t in (candidates, rows[3], torch.eye(5, dtype=dtype), chosen)]
+        leaves = [
+            t.clone().requires_grad_() for t in (candidates, rows[3], torch.eye(5, dtype=dtype), chosen)
+        ]
         found = phrase_scores(*leaves, impl=impl)
         assert found.increment[0] == 0
         gradients = torch.autograd.grad(found.increment.sum(), leaves, create_graph=True, allow_unused=True)

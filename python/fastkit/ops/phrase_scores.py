@@ -7,36 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkit import _native, reference
-from fastkit._autograd import Function, differentiates, transforms, without_autocast
+from fastkit import reference
+from fastkit._autograd import differentiates, transforms, without_autocast
 from fastkit._dispatch import Impl, Kernels, choose
-from fastkit.ops._checks import FLOATING, arithmetic, check_one_device, check_tensors
+from fastkit.ops._checks import FLOATING, check_tensors
+from fastkit.ops.phrase_scores_autograd import PhraseScoresFunction, by_reference, dense, run
 from fastkit.ops.phrase_scores_checks import check_selection, check_sets, check_weights
 from fastkit.reference import PhraseScores, PhraseSelection
 
 KERNELS: Kernels = {"cpu": FLOATING}
 Orthogonality = Literal["penalty", "deflate"]
-Weights = tuple[float, float, float]
-
-if _native.REASON is None:
-
-    @torch.library.register_fake("fastkit::phrase_scores_fwd")
-    def _(
-        candidates: Tensor, centroid: Tensor, scatter: Tensor, chosen: Tensor | None, prior: Tensor | None,
-        *_: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        check_one_device("phrase_scores", candidates, centroid, scatter, chosen, prior)
-        shape = _sets(candidates, centroid, scatter, chosen, prior), candidates.shape[1]
-        return candidates.new_empty(shape), candidates.new_empty(shape), candidates.new_empty(shape)
-
-    @torch.library.register_fake("fastkit::select_phrases_fwd")
-    def _(
-        candidates: Tensor, centroid: Tensor, scatter: Tensor, prior: Tensor | None, k: int, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        check_one_device("select_phrases", candidates, centroid, scatter, prior)
-        shape = _sets(candidates, centroid, scatter, prior), k
-        indices = candidates.new_empty(shape, dtype=torch.int64)
-        return indices, candidates.new_empty(shape), candidates.new_empty(shape)
 
 
 def phrase_scores(
@@ -119,10 +99,10 @@ def phrase_scores(
     )  # fmt: skip
     tensors = candidates, centroid, scatter, chosen, prior
     if choose(op, impl, candidates, KERNELS) == "reference" or transforms():
-        return _by_reference(tensors, weights)
+        return by_reference(tensors, weights)
     if torch.is_grad_enabled() and differentiates(*tensors):
-        return PhraseScores(*_PhraseScores.apply(*tensors, weights))
-    return PhraseScores(*_run(tensors, weights))
+        return PhraseScores(*PhraseScoresFunction.apply(*tensors, weights))
+    return PhraseScores(*run(tensors, weights))
 
 
 def select_phrases(
@@ -195,82 +175,8 @@ def select_phrases(
             return reference.select_phrases(
                 candidates, scatter, k, centroid=centroid, prior=prior, orthogonality=orthogonality, **options
             )
-    sets, dense = _dense((candidates, centroid, scatter, prior))
+    sets, tensors = dense((candidates, centroid, scatter, prior))
     found = torch.ops.fastkit.select_phrases_fwd.default(
-        *dense, k, orthogonality == "deflate", *map(float, options.values())
+        *tensors, k, orthogonality == "deflate", *map(float, options.values())
     )
     return PhraseSelection(*(t if sets else t[0] for t in found))
-
-
-class _PhraseScores(Function):
-    @staticmethod
-    def forward(
-        candidates: Tensor, centroid: Tensor, scatter: Tensor, chosen: Tensor | None, prior: Tensor | None,
-        weights: Weights,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return _run((candidates, centroid, scatter, chosen, prior), weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.weights = inputs
-        if tensors[3] is None:
-            ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        creates = torch.is_grad_enabled()
-        with torch.enable_grad(), without_autocast(ctx.saved_tensors[0]):
-            # Views, for one argument may come from another, as chosen rows do from candidates.
-            leaves = [
-                t if t is None else t.view_as(t) if creates else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-            ]
-            found = [
-                (y, g)
-                for y, g in zip(_by_reference(leaves, ctx.weights), grad_outputs, strict=True)
-                if g is not None and y.requires_grad
-            ]
-            wanted: Any = [t for t, need in zip(leaves, ctx.needs_input_grad, strict=False) if need]
-            gradients = iter((None,) * len(wanted))
-            if found:
-                outputs, cotangents = zip(*found, strict=True)
-                gradients = iter(
-                    torch.autograd.grad(
-                        outputs, wanted, cotangents, create_graph=creates, allow_unused=True
-                    )
-                )
-        return *(next(gradients) if need else None for need in ctx.needs_input_grad[:5]), None
-
-
-def _by_reference(tensors: Any, weights: Weights) -> PhraseScores:
-    candidates, centroid, scatter, chosen, prior = tensors
-    with without_autocast(candidates):
-        return reference.phrase_scores(
-            candidates, centroid, scatter, chosen, prior=prior, variance_weight=weights[0],
-            orthogonality_weight=weights[1], prior_weight=weights[2],
-        )  # fmt: skip
-
-
-def _run(tensors: Any, weights: Weights) -> tuple[Tensor, ...]:
-    sets, dense = _dense(tensors)
-    found = torch.ops.fastkit.phrase_scores_fwd.default(*dense, *map(float, weights))
-    return tuple(t if sets else t[0] for t in found)
-
-
-def _dense(tensors: Any) -> tuple[bool, list[Tensor | None]]:
-    """In the dtype of the arithmetic, with image sets in front; and whether an argument has any."""
-    dims = (2, 1, 2, 2, 1) if len(tensors) == 5 else (2, 1, 2, 1)
-    dtype, sets, dense = arithmetic(tensors[0]), False, []
-    for tensor, dim in zip(tensors, dims, strict=True):
-        if tensor is not None:
-            sets = sets or tensor.dim() > dim
-            tensor = (tensor if tensor.dim() > dim else tensor.unsqueeze(0)).to(dtype).contiguous()
-        dense.append(tensor)
-    return sets, dense
-
-
-def _sets(*tensors: Tensor | None) -> int:
-    """How many image sets these are of; an argument of one is all sets'."""
-    return next((t.shape[0] for t in tensors if t is not None and t.shape[0] != 1), 1)
