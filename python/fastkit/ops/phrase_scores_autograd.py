@@ -84,9 +84,8 @@ def _gradients(
     assert first is not None
     with torch.enable_grad(), without_autocast(first):
         results = by_reference(leaves, weights)
-        pairs = [
-            (y, g) for y, g in zip(results, cotangents, strict=True) if g is not None and y.requires_grad
-        ]
+        both = zip(results, cotangents, strict=True)
+        pairs = [(y, g) for y, g in both if g is not None and y.requires_grad]
         wanted: Any = [t for t, need in zip(leaves, needs, strict=True) if need]
         if not pairs:
             return [None] * 5

@@ -102,7 +102,7 @@ def expected_deflated(
     # space turns by that, over the least singular value of the rows that span it.
     basis, taken, of_picks = directions[:0], directions[:0], 0.0
     for pick in picks:
-        rest, _, in_doubt = _directions(_left(directions[pick : pick + 1], basis), 0.0)
+        rest, _, _ = _directions(_left(directions[pick : pick + 1], basis), 0.0)
         if not rest.any():
             continue
         basis, taken = torch.cat([basis, rest]), torch.cat([taken, directions[pick : pick + 1]])
@@ -208,7 +208,7 @@ def _scored(
 
 
 def _variance(directions: Tensor, error: Tensor, decides: Tensor, scatter: Tensor, u: float) -> Expected:
-    """Of unit directions, each off by ``error`` in norm; of which ``decides``, by rounding, whether it is 0."""
+    """Of unit directions, each off by ``error`` in norm; whether one is 0, rounding may decide."""
     D = directions.shape[1]
     along = directions @ scatter
     value = (along * directions).sum(1)
@@ -222,7 +222,7 @@ def _variance(directions: Tensor, error: Tensor, decides: Tensor, scatter: Tenso
 
 
 def _increment(t: Tensor, f: Tensor, u: float) -> Expected:
-    """Between the ends of what overlap and distance may be: it grows with the one, and falls with the other."""
+    """Between the ends of what overlap and distance may be: it grows with the one, falls with the other."""
     D, S = t.shape[1], len(f)
 
     def products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,6 @@ def _increment(t: Tensor, f: Tensor, u: float) -> Expected:
 
 def _directions(rows: Tensor, error: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """To unit length, or 0; how far each is off; and whether rounding decides which."""
-    D = rows.shape[1]
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     eps = torch.finfo(torch.float32).eps
     off = torch.as_tensor(error, dtype=rows.dtype, device=rows.device).expand(len(rows))
