@@ -1,4 +1,4 @@
-"""What scores of phrases and a selection must be, whatever the vectors: of any scale, in any order, bounded."""
+"""What scores of phrases and a selection must be, whatever the vectors: of any scale, any order, bounded."""
 
 import pytest
 import torch
