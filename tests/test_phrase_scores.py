@@ -81,6 +81,7 @@ def test_half_precision(impl, m, D, S, dtype):
         for kind in KINDS:
             check_selection(of, 5, orthogonality=kind, impl=impl)
     lowered = ImageSet(*(t.to(dtype) for t in inputs))
+    check(lowered, impl=impl)
     raised = ImageSet(*(t.float() for t in lowered))
     assert_all_equal(score(lowered, impl=impl), score(raised, impl=impl))
     assert_all_equal(select(lowered, 4, impl=impl), select(raised, 4, impl=impl))

@@ -71,7 +71,8 @@ def make_image_set(
 
 def stacked(sets: list[ImageSet]) -> ImageSet:
     """With a dimension in front."""
-    return ImageSet(*(None if t[0] is None else torch.stack(t) for t in zip(*sets, strict=True)))
+    stacks: list[Any] = [None if t[0] is None else torch.stack(t) for t in zip(*sets, strict=True)]
+    return ImageSet(*stacks)
 
 
 def expected_scores(inputs: ImageSet, weights: dict[str, float] | None = None) -> dict[str, Expected]:
@@ -130,7 +131,7 @@ def check(
     found = ops.phrase_scores(candidates, centroid, scatter, chosen, prior=prior, impl=impl, **weights)
     shape = (*_shape_of_sets(inputs), candidates.shape[-2])
     for name, result in zip(found._fields, found, strict=True):
-        assert result.dtype == scatter.dtype and result.shape == shape, name
+        assert result.dtype == _arithmetic(inputs) and result.shape == shape, name
     for g, one in enumerate(_each(inputs)):
         expected = expected_scores(one, weights)
         for name, result in zip(found._fields, found, strict=True):
@@ -159,7 +160,7 @@ def check_selection(
     )  # fmt: skip
     shape = (*_shape_of_sets(inputs), k)
     assert found.indices.dtype == torch.int64
-    assert found.scores.dtype == found.variances.dtype == scatter.dtype
+    assert found.scores.dtype == found.variances.dtype == _arithmetic(inputs)
     assert [t.shape for t in found] == [shape] * 3
     for g, one in enumerate(_each(inputs)):
         mine = PhraseSelection(*(t[g] if len(shape) > 1 else t for t in found))
@@ -274,9 +275,14 @@ def _error_of_unit(D: int, u: float) -> float:
 
 
 def _doubles(inputs: ImageSet) -> tuple[ImageSet, float]:
-    dtype = inputs.scatter.dtype
+    dtype = _arithmetic(inputs)
     u = torch.finfo(dtype).eps / 2 * (2 if dtype == torch.float64 else 1)  # the oracle errs as well
-    return ImageSet(*(None if t is None else t.detach().cpu().double() for t in inputs)), u
+    doubles: list[Any] = [None if t is None else t.detach().cpu().double() for t in inputs]
+    return ImageSet(*doubles), u
+
+
+def _arithmetic(inputs: ImageSet) -> torch.dtype:
+    return torch.promote_types(inputs.candidates.dtype, torch.float32)
 
 
 def _shape_of_sets(inputs: ImageSet) -> tuple[int, ...]:
