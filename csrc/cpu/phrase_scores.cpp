@@ -64,8 +64,9 @@ struct Room {
   T* centroid;  // (D): a
   T* pick;      // (D): with deflation, the last pick's direction
   T* variance;  // (m)
-  T* overlap;   // (m): NaN of one that has been chosen
+  T* overlap;   // (m)
   T* part;      // (m): with deflation, how much of a direction is left
+  T* taken;     // (m): 1 of one that has been chosen, else 0
   T* score;     // (m)
   int64_t bytes = 0;
 
@@ -78,7 +79,8 @@ struct Room {
     take(room.unit, p.count * p.columns), take(room.u, p.count * p.columns);
     take(room.packed, p.columns * up_to(p.columns, kWide<T>)), take(room.chosen, chosen * p.columns);
     take(room.centroid, p.columns), take(room.pick, p.columns);
-    take(room.variance, p.count), take(room.overlap, p.count), take(room.part, p.count), take(room.score, p.count);
+    take(room.variance, p.count), take(room.overlap, p.count), take(room.part, p.count), take(room.taken, p.count);
+    take(room.score, p.count);
     return room;
   }
 };
@@ -196,19 +198,19 @@ void select(const PhraseChoice<T>& p, ParallelRanges parallel) {
   const Room<T> room = Room<T>::of(p, 0);
   prepare<T>(p, room, parallel);
   variances<T>(p, room, parallel);
-  for (int64_t i = 0; i < p.count; ++i) room.overlap[i] = 0, room.part[i] = 1;
+  for (int64_t i = 0; i < p.count; ++i) room.overlap[i] = 0, room.part[i] = 1, room.taken[i] = 0;
   double before = 0;
   for (int64_t j = 0; j < p.k; ++j) {
     int64_t best = -1;
     for (int64_t i = 0; i < p.count; ++i) {
-      if (std::isnan(room.overlap[i])) continue;
+      if (room.taken[i] != 0) continue;
       const T increment = p.deflate ? T(0) : growth(before, room.overlap[i]);
       room.score[i] = score_of<T>(p, i, room.variance[i], increment);
       if (best < 0 || room.score[i] > room.score[best]) best = i;
     }
     p.indices[j] = best, p.scores[j] = room.score[best], p.variances[j] = room.variance[best];
     before += 2 * static_cast<double>(room.overlap[best]);
-    room.overlap[best] = static_cast<T>(__builtin_nan(""));
+    room.taken[best] = 1;
     if (j + 1 == p.k) break;
     const T* from = p.deflate ? room.pick : room.unit + best * n;
     for (int64_t d = 0; p.deflate && d < n; ++d) room.pick[d] = room.u[best * n + d];  // which is about to change

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from fastkit import reference
-from fastkit._autograd import Function, differentiates, transforms, without_autocast
+from fastkit._autograd import differentiates, transforms, without_autocast
 from fastkit._dispatch import Impl, Kernels, choose
 from fastkit.ops import phrase_scores_kernels
-from fastkit.ops._checks import FLOATING, HALF, arithmetic, check_tensors
+from fastkit.ops._checks import FLOATING, HALF, check_tensors
+from fastkit.ops.phrase_scores_autograd import PhraseScoresFunction, by_reference, dense, run
 from fastkit.ops.phrase_scores_checks import check_selection, check_sets, check_weights
 from fastkit.reference import PhraseScores, PhraseSelection
 
 KERNELS: Kernels = {"cpu": FLOATING, "triton": (torch.float32, *HALF)}
 Orthogonality = Literal["penalty", "deflate"]
-Weights = tuple[float, float, float]
 
 
 def phrase_scores(
@@ -57,7 +57,7 @@ def phrase_scores(
             scatter is of 500 images.
         prior: ``(m,)``, as the logits of a language model. Default: 0.
         prior_weight: its factor.
-        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that, or raises; gradients are always
+        impl: ``"cpu"``, ``"triton"`` or ``"reference"`` runs exactly that or raises; gradients are always
             those of the reference. Default: the kernel where one covers the device and dtype (Triton has no
             float64), else the reference.
 
@@ -100,12 +100,12 @@ def phrase_scores(
         prior_weight=prior_weight,
     )  # fmt: skip
     tensors = candidates, centroid, scatter, chosen, prior
-    chosen_impl = choose(op, impl, candidates, KERNELS)
-    if chosen_impl == "reference" or transforms():
-        return _by_reference(tensors, weights)
+    kernel = choose(op, impl, candidates, KERNELS)
+    if kernel == "reference" or transforms():
+        return by_reference(tensors, weights)
     if torch.is_grad_enabled() and differentiates(*tensors):
-        return PhraseScores(*_PhraseScores.apply(*tensors, weights, chosen_impl))
-    return PhraseScores(*_run(tensors, weights, chosen_impl))
+        return PhraseScores(*PhraseScoresFunction.apply(*tensors, weights, kernel))
+    return PhraseScores(*run(tensors, weights, kernel))
 
 
 def select_phrases(
@@ -173,81 +173,13 @@ def select_phrases(
     }  # fmt: skip
     detached = (None if t is None else t.detach() for t in (candidates, scatter, centroid, prior))
     candidates, scatter, centroid, prior = detached  # pyright: ignore[reportAssignmentType]
-    chosen_impl = choose(op, impl, candidates, KERNELS)
-    if chosen_impl == "reference" or transforms():
+    kernel = choose(op, impl, candidates, KERNELS)
+    if kernel == "reference" or transforms():
         with without_autocast(candidates):
             return reference.select_phrases(
                 candidates, scatter, k, centroid=centroid, prior=prior, orthogonality=orthogonality, **options
             )
-    sets, dense = _dense((candidates, centroid, scatter, prior))
-    run = phrase_scores_kernels.select[chosen_impl]
-    found = run(*dense, k, orthogonality == "deflate", *map(float, options.values()))
+    sets, tensors = dense((candidates, centroid, scatter, prior))
+    select = phrase_scores_kernels.select[kernel]
+    found = select(*tensors, k, orthogonality == "deflate", *map(float, options.values()))
     return PhraseSelection(*(t if sets else t[0] for t in found))
-
-
-class _PhraseScores(Function):
-    @staticmethod
-    def forward(
-        candidates: Tensor, centroid: Tensor, scatter: Tensor, chosen: Tensor | None, prior: Tensor | None,
-        weights: Weights, impl: Impl,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return _run((candidates, centroid, scatter, chosen, prior), weights, impl)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.weights, _ = inputs
-        chosen = tensors[3]
-        if chosen is None or chosen.shape[-2] == 0:
-            ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        creates = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, for one argument may come from another, as chosen rows do from candidates.
-            leaves = [
-                t if t is None else t.view_as(t) if creates else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-            ]
-            found = [
-                (y, g)
-                for y, g in zip(_by_reference(leaves, ctx.weights), grad_outputs, strict=True)
-                if g is not None and y.requires_grad
-            ]
-            wanted: Any = [t for t, need in zip(leaves, ctx.needs_input_grad, strict=False) if need]
-            gradients = iter((None,) * len(wanted))
-            if found:
-                outputs, cotangents = zip(*found, strict=True)
-                gradients = iter(
-                    torch.autograd.grad(outputs, wanted, cotangents, create_graph=creates, allow_unused=True)
-                )
-        return *(next(gradients) if need else None for need in ctx.needs_input_grad[:5]), None, None
-
-
-def _by_reference(tensors: Any, weights: Weights) -> PhraseScores:
-    candidates, centroid, scatter, chosen, prior = tensors
-    with without_autocast(candidates):
-        return reference.phrase_scores(
-            candidates, centroid, scatter, chosen, prior=prior, variance_weight=weights[0],
-            orthogonality_weight=weights[1], prior_weight=weights[2],
-        )  # fmt: skip
-
-
-def _run(tensors: Any, weights: Weights, impl: Impl) -> tuple[Tensor, ...]:
-    sets, dense = _dense(tensors)
-    found = phrase_scores_kernels.score[impl](*dense, *map(float, weights))
-    return tuple(t if sets else t[0] for t in found)
-
-
-def _dense(tensors: Any) -> tuple[bool, list[Tensor | None]]:
-    """In the dtype of the arithmetic, with image sets in front; and whether an argument has any."""
-    dims = (2, 1, 2, 2, 1) if len(tensors) == 5 else (2, 1, 2, 1)
-    dtype, sets, dense = arithmetic(tensors[0]), False, []
-    for tensor, dim in zip(tensors, dims, strict=True):
-        if tensor is not None:
-            sets = sets or tensor.dim() > dim
-            tensor = (tensor if tensor.dim() > dim else tensor.unsqueeze(0)).to(dtype).contiguous()
-        dense.append(tensor)
-    return sets, dense

@@ -49,7 +49,7 @@ def phrase_scores(
     scatter = scatter.to(t.dtype)
     variance = _along(_directions(t - a.unsqueeze(-2)), scatter)
     increment = torch.zeros_like(variance)
-    if chosen is not None and chosen.shape[-2] > 0:
+    if chosen is not None:
         f = unit_rows(chosen)
         before = 2 * (f @ f.mT).triu(1).square().sum((-2, -1))  # of unit rows the diagonal is I's
         overlap = (t @ f.mT).square().sum(-1)
@@ -118,8 +118,8 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 def _directions(rows: Tensor) -> Tensor:
     """Of unit length; 0 where there is next to nothing."""
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(length > LEAST, rows / length.clamp_min(LEAST), 0.0)
+    near = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True) <= LEAST
+    return normalize(rows.masked_fill(near, 1), dim=-1).masked_fill(near, 0)  # with derivatives of 0, too
 
 
 def _along(directions: Tensor, scatter: Tensor) -> Tensor:

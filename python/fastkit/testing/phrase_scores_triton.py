@@ -8,7 +8,7 @@ from fastkit.reference.phrase_scores import LEAST
 from fastkit.testing.aot import Variant, variant
 from fastkit.triton import phrase_scores as kernels
 
-_DOUBLE, _LONG = ("before",), ("indices",)
+_DOUBLE = ("before",)
 _WEIGHTS = ("of_variance", "of_increment", "by_prior")
 _FLOATS = (
     "candidates", "centroid", "unit", "directions", "scatter", "variance", "chosen", "prior", "increment",
@@ -25,8 +25,8 @@ def _variant(
     if "LEAST" in kernel.arg_names:
         constexprs["LEAST"] = LEAST
     types = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_WEIGHTS, "fp32")
-    types |= dict.fromkeys(_DOUBLE, "*fp64") | dict.fromkeys(_LONG, "*i64")
-    pointers = (*_FLOATS, *_DOUBLE, *_LONG)
+    types |= dict.fromkeys(_DOUBLE, "*fp64") | {"indices": "*i64", "taken": "*i32"}
+    pointers = (*_FLOATS, *_DOUBLE, "indices", "taken")
     divided = (*pointers, "columns", "of_candidates", "of_centroid", "of_scatter", "of_chosen")
     return variant(name, kernel, warps, types, constexprs, lambda a: a in divided)
 

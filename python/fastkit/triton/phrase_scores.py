@@ -154,22 +154,22 @@ def phrase_scores_finish(
 
 @triton.jit
 def phrase_scores_pick(
-    directions, prior, variance, overlap, before, pick, indices, scores, variances, m, columns, j, k,
+    directions, prior, variance, overlap, taken, before, pick, indices, scores, variances, m, columns, j, k,
     of_prior, of_variance, of_increment, by_prior, PRIOR: tl.constexpr, DEFLATE: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    # Place j of k. overlap is NaN of one that has been chosen; with deflation pick is its direction.
+    # Place j of k. taken is 1 of one that has been chosen; with deflation pick is its direction.
     image_set = tl.program_id(0).to(tl.int64)
     own = image_set * m
     so_far = tl.load(before + image_set)
     best_score, best = tl.full([], -float("inf"), tl.float32), tl.full([], -1, tl.int32)
     for first in range(0, m, BM):
         i = first + tl.arange(0, BM)
-        x = tl.load(overlap + own + i, mask=i < m, other=float("nan"))
-        free = x == x
+        free = tl.load(taken + own + i, mask=i < m, other=1) == 0
         total = of_variance * tl.load(variance + own + i, mask=i < m, other=0.0).to(tl.float64)
         if not DEFLATE:
-            grown = _growth(so_far, tl.where(free, x, 0.0).to(tl.float64))
+            x = tl.load(overlap + own + i, mask=i < m, other=0.0)
+            grown = _growth(so_far, x.to(tl.float64))
             total -= of_increment * grown.to(tl.float32).to(tl.float64)
         if PRIOR:
             total += by_prior * tl.load(prior + image_set * of_prior + i, mask=i < m, other=0.0).to(
@@ -186,8 +186,7 @@ def phrase_scores_pick(
     tl.store(scores + image_set * k + j, best_score)
     tl.store(variances + image_set * k + j, tl.load(variance + of_best))
     tl.store(before + image_set, so_far + 2 * tl.load(overlap + of_best).to(tl.float64))
-    tl.debug_barrier()  # before others of this program write there
-    tl.store(overlap + of_best, float("nan"))
+    tl.store(taken + of_best, 1)
     if DEFLATE:
         for first in range(0, columns, BM):
             d = first + tl.arange(0, BM)
@@ -273,14 +272,15 @@ def select(
     G, m, D = prepared.unit.shape
     variance, rows = prepared.variance, prepared.directions if deflate else prepared.unit
     overlap, part = torch.zeros_like(variance), torch.ones_like(variance)
+    taken = torch.zeros_like(variance, dtype=torch.int32)
     before, pick = variance.new_zeros(G, dtype=torch.float64), variance.new_empty(G, D)
     indices, scores = variance.new_empty(G, k, dtype=torch.int64), variance.new_empty(G, k)
     variances = torch.empty_like(scores)
     with torch.cuda.device_of(variance):
         for j in range(k):
             phrase_scores_pick[(G,)](
-                prepared.directions, _or(prior, variance), variance, overlap, before, pick, indices, scores,
-                variances, m, D, j, k, 0 if prior is None else _step(prior), variance_weight,
+                prepared.directions, _or(prior, variance), variance, overlap, taken, before, pick, indices,
+                scores, variances, m, D, j, k, 0 if prior is None else _step(prior), variance_weight,
                 orthogonality_weight, prior_weight, PRIOR=prior is not None, DEFLATE=deflate,
                 **pick_options(),
             )  # fmt: skip
