@@ -62,7 +62,7 @@ IMPLEMENTATIONS = {
     "cpu": "yes",
     "reference": "yes",
     "cuda": "no: this op has no such implementation",
-    "triton": "no: this op has no such implementation",
+    "triton": "every mode in float32, bfloat16 and float16, of CUDA tensors",
 }
 
 CONTRACT = Contract(MODES, IMPLEMENTATIONS, {})
