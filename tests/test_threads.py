@@ -175,7 +175,8 @@ FIRST_TRITON = """if True:
     from threaded_calls import at_once
 
     stems = (
-        "iir_scan", "linear_cross_entropy", "lora_linear", "moments", "multihead_loss", "topk_similarity",
+        "iir_scan", "linear_cross_entropy", "lora_linear", "moments", "multihead_loss", "phrase_scores",
+        "topk_similarity",
     )
     at_once(*(partial(importlib.import_module, f"fastkit.triton.{stem}") for stem in stems))
     print(json.dumps([importlib.import_module(f"fastkit.triton.{stem}").__name__ for stem in stems]))
@@ -185,7 +186,7 @@ FIRST_TRITON = """if True:
 def test_the_first_kernels_of_triton_may_come_at_once(run_calls):
     """They are imported by the calls that need them."""
     pytest.importorskip("triton", reason="needs triton")
-    assert len(run_calls(FIRST_TRITON)) == 6
+    assert len(run_calls(FIRST_TRITON)) == 7
 
 
 FORKED = """if True:
