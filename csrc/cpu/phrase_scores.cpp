@@ -40,19 +40,33 @@ FASTKIT_INLINE T dot(const T* a, const T* b, int64_t n) {
   return sum_of<T>(one + other);
 }
 
+// to[d] = f(load, d) for n numbers, where load(p) reads as many as are written.
+template <class T, class F>
+FASTKIT_INLINE void for_lanes(T* to, int64_t n, F&& f) {
+  constexpr int L = kLanes<T>;
+  int64_t d = 0;
+  for (; d + L <= n; d += L) store(to + d, f([](const T* p) { return load(p); }, d));
+  if (d < n) store(to + d, f([&](const T* p) { return load(p, n - d); }, d), n - d);
+}
+
 // A row to unit length: first over its largest number, so that no square overflows or vanishes.
 template <class T>
 FASTKIT_INLINE void unit_row(T* to, const T* row, int64_t n) {
+  Vec<T> most{};
+  const auto look = [&](Vec<T> x) {
+    const Vec<T> size = x < Vec<T>{} ? -x : x;
+    most = size > most ? size : most;
+  };
+  int64_t d = 0;
+  for (; d + kLanes<T> <= n; d += kLanes<T>) look(load(row + d));
+  if (d < n) look(load(row + d, n - d));
   T largest = 0;
-  for (int64_t d = 0; d < n; ++d) {
-    const T size = row[d] < 0 ? -row[d] : row[d];
-    largest = size > largest ? size : largest;
-  }
-  const T large = largest > 0 ? 1 / largest : T(1);
-  for (int64_t d = 0; d < n; ++d) to[d] = large * row[d];
+  for (int i = 0; i < kLanes<T>; ++i) largest = most[i] > largest ? most[i] : largest;
+  const Vec<T> large = broadcast(largest > 0 ? 1 / largest : T(1));
+  for_lanes(to, n, [&](auto&& get, int64_t at) { return large * get(row + at); });
   const T length = std::sqrt(dot(static_cast<const T*>(to), static_cast<const T*>(to), n));
-  const T scale = length > 0 ? 1 / length : T(1);
-  for (int64_t d = 0; d < n; ++d) to[d] *= scale;
+  const Vec<T> scale = broadcast(length > 0 ? 1 / length : T(1));
+  for_lanes(to, n, [&](auto&& get, int64_t at) { return scale * get(to + at); });
 }
 
 template <class T>
@@ -96,8 +110,8 @@ int64_t room(const PhraseSet<T>& p, int64_t chosen) {
 template <class T>
 FASTKIT_INLINE T direction(T* row, T part, int64_t n) {
   const T length = std::sqrt(dot(static_cast<const T*>(row), static_cast<const T*>(row), n));
-  const T scale = part * length > static_cast<T>(kLeastLength) ? 1 / length : T(0);
-  for (int64_t d = 0; d < n; ++d) row[d] *= scale;
+  const Vec<T> scale = broadcast(part * length > static_cast<T>(kLeastLength) ? 1 / length : T(0));
+  for_lanes(row, n, [&](auto&& get, int64_t at) { return scale * get(row + at); });
   return part * length;
 }
 
@@ -106,18 +120,24 @@ template <class T>
 void prepare(const PhraseSet<T>& p, const Room<T>& room, ParallelRanges parallel) {
   const int64_t n = p.columns;
   unit_row(room.centroid, p.centroid, n);
-  for (int64_t first = 0; first < n; first += kWide<T>) {
-    T* to = room.packed + first * n;
-    for (int64_t d = 0; d < n; ++d) {
-      for (int64_t i = 0; i < kWide<T>; ++i) *to++ = first + i < n ? p.scatter[d * n + first + i] : T(0);
+  in_ranges(parallel, (n + kWide<T> - 1) / kWide<T>, 2 * kWide<T> * n, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kWide<T>; first < end * kWide<T>; first += kWide<T>) {
+      for (int64_t d = 0; d < n; ++d) {
+        const T* from = p.scatter + d * n + first;
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = v * kLanes<T>, here = n - first - at;
+          store(room.packed + first * n + d * kWide<T> + at,
+                here >= kLanes<T> ? load(from + at) : here > 0 ? load(from + at, here) : Vec<T>{});
+        }
+      }
     }
-  }
+  });
   in_ranges(parallel, p.count, 8 * n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* unit = room.unit + i * n;
       unit_row(unit, p.candidates + i * n, n);
       T* u = room.u + i * n;
-      for (int64_t d = 0; d < n; ++d) u[d] = unit[d] - room.centroid[d];
+      for_lanes(u, n, [&](auto&& get, int64_t at) { return get(unit + at) - get(room.centroid + at); });
       direction(u, T(1), n);
     }
   });
@@ -223,8 +243,8 @@ void select(const PhraseChoice<T>& p, ParallelRanges parallel) {
         }
         T* u = room.u + i * n;
         for (int pass = 0; pass < 2; ++pass) {
-          const T along = dot(static_cast<const T*>(u), from, n);
-          for (int64_t d = 0; d < n; ++d) u[d] -= along * from[d];
+          const Vec<T> along = broadcast(dot(static_cast<const T*>(u), from, n));
+          for_lanes(u, n, [&](auto&& get, int64_t at) { return fnma<T>(along, get(from + at), get(u + at)); });
         }
         room.part[i] = direction(u, room.part[i], n);
       }

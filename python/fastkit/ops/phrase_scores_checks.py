@@ -110,10 +110,12 @@ def _check_rows(op: str, name: str, rows: Tensor) -> None:
 def _check_finite(op: str, name: str, tensor: Tensor) -> None:
     if not may_look_at(tensor):
         return
-    bad = ~tensor.detach().isfinite()
-    if bool(bad.any()):
-        place = _first(bad)
-        raise RuntimeError(f"{op}: {name} must be finite, got {float(tensor[place]):g} at {place}")
+    least, most = tensor.detach().aminmax()
+    if not bool((most - least).isfinite()):  # of NaN both are NaN
+        bad = ~tensor.detach().isfinite()
+        if bool(bad.any()):  # else the difference alone is not
+            place = _first(bad)
+            raise RuntimeError(f"{op}: {name} must be finite, got {float(tensor[place]):g} at {place}")
 
 
 def _first(bad: Tensor) -> int | tuple[int, ...]:
