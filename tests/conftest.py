@@ -130,6 +130,24 @@ def one_thread():
         yield
 
 
+@pytest.fixture(scope="module")
+def patched_once():
+    """Each function that a kernel calls patches Triton's language anew, which takes most of the time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
+        needed = any(tl.core.is_builtin(m.load) for m in modules)
+        return patch(fn) if needed else interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
     """Runs a script in a process that has imported torch alone; keywords are variables of its environment."""

@@ -11,12 +11,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
 from fastkit.ops import linear_cross_entropy_products as products
 from fastkit.testing import Expected, assert_matches_reference
 from fastkit.testing import linear_cross_entropy as op
 from fastkit.triton import linear_cross_entropy as kernels
+
+pytestmark = pytest.mark.usefixtures("patched_once")
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FLOAT, BFLOAT, HALF]
@@ -27,21 +28,6 @@ TILE = kernels.sums_options()["BC"]
 
 # Where infinities are, and where e^2|x| is one.
 numpy_may_warn = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def patched_once():
-    """Each function that a kernel calls patches Triton's language anew, which takes most of the time here."""
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
-        needed = any(tl.core.is_builtin(m.load) for m in modules)
-        return patch(fn) if needed else interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 class Inputs(NamedTuple):

@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch.library import opcheck
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
@@ -18,23 +17,10 @@ from fastkit.ops import moments, moments_triton
 from fastkit.testing.moments import SIZES, RowsSize, check, expected_results, make_inputs
 from fastkit.triton import moments as kernels
 
+pytestmark = pytest.mark.usefixtures("patched_once")
+
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 WEIGHTS = None, "positive", "some"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def patched_once():
-    """Each function that a kernel calls patches Triton's language anew, which takes most of the time here."""
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
-        needed = any(tl.core.is_builtin(m.load) for m in modules)
-        return patch(fn) if needed else interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 def of(inputs):

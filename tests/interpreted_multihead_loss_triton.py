@@ -8,33 +8,18 @@ import math
 
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from fastkit import ops, reference
 from fastkit.ops import multihead_loss_penalty_products as penalty_products
 from fastkit.triton import multihead_loss as kernels
+
+pytestmark = pytest.mark.usefixtures("patched_once")
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 PROBLEMS = ("single_label", "multi_label", "regression")
 KINDS = ("abs", "squared", "cos_abs", "cos_squared", "huber")
 
 numpy_may_warn = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def patched_once():
-    """Each function that a kernel calls patches Triton's language anew, which takes most of the time here."""
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
-        needed = any(tl.core.is_builtin(m.load) for m in modules)
-        return patch(fn) if needed else interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 def inputs(problem, B, H, C, D, dtype=FLOAT):

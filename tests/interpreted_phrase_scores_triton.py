@@ -7,32 +7,17 @@ import itertools
 
 import pytest
 import torch
-import triton.language as tl
 from torch.library import opcheck
-from triton.runtime import interpreter
 
 from fastkit.ops import phrase_scores, phrase_scores_kernels, select_phrases
 from fastkit.testing.phrase_scores import ImageSet, check, check_selection, make_image_set, stacked
 from fastkit.triton import phrase_scores as kernels
 
+pytestmark = pytest.mark.usefixtures("patched_once")
+
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 KINDS = "penalty", "deflate"
 WEIGHTS = {"variance_weight": 3.0, "orthogonality_weight": 1.5, "prior_weight": -0.5}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def patched_once():
-    """Each function that a kernel calls patches Triton's language anew, which takes most of the time here."""
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
-        needed = any(tl.core.is_builtin(m.load) for m in modules)
-        return patch(fn) if needed else interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 # m, D, S: one, around the tiles of candidates (32), of the scatter (64 by 32) and of chosen rows (16).

@@ -7,9 +7,7 @@ import math
 
 import pytest
 import torch
-import triton.language as tl
 from torch.library import opcheck
-from triton.runtime import interpreter
 
 from fastkit.ops import csls_topk, topk_similarity, topk_similarity_triton
 from fastkit.testing.topk_similarity import (
@@ -21,24 +19,11 @@ from fastkit.testing.topk_similarity import (
 )
 from fastkit.triton import topk_similarity as kernels
 
+pytestmark = pytest.mark.usefixtures("patched_once")
+
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 METRICS = "dot", "cosine", "l2"
 NAN = math.nan
-
-
-@pytest.fixture(autouse=True, scope="module")
-def patched_once():
-    """Each function that a kernel calls patches Triton's language anew, which takes most of the time here."""
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
-        needed = any(tl.core.is_builtin(m.load) for m in modules)
-        return patch(fn) if needed else interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 def options_of(metric, bias):
