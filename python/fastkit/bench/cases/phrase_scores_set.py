@@ -163,11 +163,8 @@ class _Selection:
             SAME_WORK: partial(make_product, work, self.device),
         }
         if self.orthogonality == "penalty":
-            images, candidates, centroid, _, scatter = self.given
-            makers["quadratic form"] = lambda: partial(_short_selection, candidates, centroid, scatter, k)
-            makers["a candidate at a time"] = lambda: partial(
-                _literal_selection, images, candidates, centroid, k
-            )
+            makers["quadratic form"] = self.make_short
+            makers["a candidate at a time"] = self.make_literal
         return makers
 
     def make_ours(self, impl: Any) -> Call:
@@ -176,6 +173,14 @@ class _Selection:
         return lambda: ops.select_phrases(
             candidates, scatter, self.size[2], centroid=centroid, orthogonality=rule, impl=impl
         )[0]
+
+    def make_short(self) -> Call:
+        _, candidates, centroid, _, scatter = self.given
+        return partial(_short_selection, candidates, centroid, scatter, self.size[2])
+
+    def make_literal(self) -> Call:
+        images, candidates, centroid, *_ = self.given
+        return partial(_literal_selection, images, candidates, centroid, self.size[2])
 
     def error(self, result: Any) -> float:
         """The share of picks that are others."""
