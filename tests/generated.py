@@ -131,8 +131,8 @@ class Made:
         if self.kind == "map":  # next to the identity, in the last two axes
             return torch.eye(*shape[-2:]) + 0.2 * x if len(shape) > 1 else x
         if self.kind in ("scatter", "-scatter"):  # positive, or negative, semidefinite in the last two axes
-            sign = 1 if self.kind == "scatter" else -1
-            return sign * (x @ x.mT)[..., : shape[-1]] if len(shape) > 1 else x
+            square = len(shape) > 1 and shape[-1] == shape[-2]
+            return (1 if self.kind == "scatter" else -1) * (x @ x.mT if square else x)
         return x
 
 
