@@ -130,6 +130,9 @@ class Made:
             return torch.where(x.abs() > 1.6, x * math.inf, x)
         if self.kind == "map":  # next to the identity, in the last two axes
             return torch.eye(*shape[-2:]) + 0.2 * x if len(shape) > 1 else x
+        if self.kind in ("scatter", "-scatter"):  # positive, or negative, semidefinite in the last two axes
+            square = len(shape) > 1 and shape[-1] == shape[-2]
+            return (1 if self.kind == "scatter" else -1) * (x @ x.mT if square else x)
         return x
 
 

@@ -189,6 +189,16 @@ def test_of_equal_candidates_the_first_is_chosen(kernel, kind):
             assert [i for i in picks if i in members] == members
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_that_overflow_are_chosen_once_and_last(kernel, kind):
+    inputs = make_image_set(6, 4, prior=True)
+    inputs.prior[:] = torch.tensor([0.0, -3e38, -2e38, 1.0, -3e38, -1e38])
+    for impl in (kernel, "reference"):
+        found = select(inputs, 6, orthogonality=kind, impl=impl)
+        assert {*found.indices[:2].tolist()} == {0, 3} and found.indices[2:].tolist() == [1, 2, 4, 5]
+        assert found.scores[:2].isfinite().all() and (found.scores[2:] == -torch.inf).all()
+
+
 def test_deflation_leaves_nothing_of_what_was_chosen(impl):
     """A second one of the same direction has no variance; no more directions than columns have any."""
     inputs = make_image_set(12, 5, seed=1)
@@ -316,6 +326,17 @@ def test_expanded_tensors(impl):
     flat = inputs.candidates[0, :1].expand(9, 6)  # one number for all
     check(inputs._replace(candidates=flat), impl=impl)
     check(inputs._replace(scatter=torch.ones(1, 1).expand(6, 6)), impl=impl)
+
+
+def test_tensors_of_zeros_that_have_no_memory(impl):
+    """As tangents are made of them."""
+    inputs = make_image_set(9, 6, 3, prior=True)
+    zeros = inputs._replace(scatter=torch.zeros(6, 6), prior=torch.zeros(9))
+    none = inputs._replace(scatter=torch._efficientzerotensor((6, 6)), prior=torch._efficientzerotensor((9,)))
+    assert_all_equal(score(none, impl=impl), score(zeros, impl=impl))
+    for kind in KINDS:
+        found = (select(x, 4, orthogonality=kind, impl=impl) for x in (none, zeros))
+        assert_all_equal(*found)
 
 
 def within(t, value):

@@ -260,6 +260,15 @@ def test_refuses(op, error, arguments, message):
     assert refusal(error, op, options) == f"{op.__name__}: {message}"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_numbers_that_need_gradients_in_the_same_words(name):
+    options = changed(name, 0, math.nan)
+    words = refusal(RuntimeError, phrase_scores, INPUTS | options)
+    assert "must be finite" in words
+    options[name].requires_grad_()
+    assert refusal(RuntimeError, phrase_scores, INPUTS | options) == words
+
+
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
 @pytest.mark.parametrize("op", [phrase_scores, select_phrases])
 def test_refuses_a_kernel_that_is_not_there(op, impl):

@@ -96,6 +96,9 @@ def test_errors_on_one_thread_leave_others_alone(count):
             x, heads, heads[..., 0], target, impl="cpu"
         ),
         "k must be between 1 and": lambda: raw.topk_similarity_fwd(x, x, None, 3001, False),
+        "select_phrases: k must be from 0 to": lambda: raw.select_phrases_fwd(
+            heads, torch.ones(1, 40), torch.eye(40)[None], None, 4, False, 10.0, 80.0, 8.0
+        ),
         "text must be on the CPU": lambda: raw.parse_vectors_(x, x),
     }
 

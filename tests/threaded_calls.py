@@ -22,6 +22,7 @@ from fastkit.testing import (
     moments,
     mtadam,
     multihead_loss,
+    phrase_scores,
 )
 from fastkit.testing.procrustes import log_spaced, with_spectrum
 from fastkit.testing.topk_similarity import make_tables
@@ -226,6 +227,32 @@ def run_csls(queries, keys, bias):
     return ops.csls_topk(queries, keys, 7, impl="cpu")._asdict()
 
 
+def image_sets(G, m, D, S):
+    """In turn, each by all threads, or where there are enough of them, each by one."""
+    options = {"prior": True, "repeated": True}
+
+    def make(seed):
+        sets = [phrase_scores.make_image_set(m, D, S, seed=seed + i, **options) for i in range(G)]
+        return phrase_scores.stacked(sets)
+
+    return make
+
+
+def run_scores(candidates, centroid, scatter, chosen, prior):
+    found = ops.phrase_scores(candidates, centroid, scatter, chosen, prior=prior, impl="cpu")
+    return found._asdict()
+
+
+def run_selections(candidates, centroid, scatter, chosen, prior):
+    results = {}
+    for kind in ("penalty", "deflate"):
+        found = ops.select_phrases(
+            candidates, scatter, 5, centroid=centroid, prior=prior, orthogonality=kind, impl="cpu"
+        )
+        results |= {f"{kind} {name}": t for name, t in found._asdict().items()}
+    return results
+
+
 def factors(count, size, dtype):
     def make(seed):
         spectra = [log_spaced(size, 100.0)] * count
@@ -292,6 +319,10 @@ CALLS = {
     "topk_similarity": nearest(300, 200, 20, "dot", "l2"),
     "topk_similarity of few queries": nearest(5, 6600, 40, "cosine"),
     "csls_topk": Call(lambda seed: make_tables(300, 250, 20, repeated=True, seed=seed), run_csls),
+    "phrase_scores of one set": Call(image_sets(1, 1200, 70, 6), run_scores),
+    "phrase_scores of many sets": Call(image_sets(6, 150, 40, 3), run_scores),
+    "select_phrases": Call(image_sets(1, 1100, 50, None), run_selections),
+    "select_phrases of many sets": Call(image_sets(6, 120, 30, None), run_selections),
     "polar of one": factors(1, 90, torch.float32),
     "polar of many": factors(8, 20, torch.float64),
     "icp_epoch of one": epoch(1),

@@ -137,5 +137,7 @@ def dense(tensors: Any) -> tuple[bool, list[Tensor | None]]:
         if tensor is not None:
             sets = sets or tensor.dim() > dim
             tensor = (tensor if tensor.dim() > dim else tensor.unsqueeze(0)).to(dtype).contiguous()
+            if not torch.compiler.is_compiling() and tensor._is_zerotensor():  # which has no memory
+                tensor = tensor.clone()
         found.append(tensor)
     return sets, found

@@ -110,9 +110,10 @@ def _check_rows(op: str, name: str, rows: Tensor) -> None:
 def _check_finite(op: str, name: str, tensor: Tensor) -> None:
     if not may_look_at(tensor):
         return
-    least, most = tensor.detach().aminmax()
+    tensor = tensor.detach()
+    least, most = tensor.aminmax()
     if not bool((most - least).isfinite()):  # of NaN both are NaN
-        bad = ~tensor.detach().isfinite()
+        bad = ~tensor.isfinite()
         if bool(bad.any()):  # else the difference alone is not
             place = _first(bad)
             raise RuntimeError(f"{op}: {name} must be finite, got {float(tensor[place]):g} at {place}")

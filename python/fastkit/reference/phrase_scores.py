@@ -95,7 +95,9 @@ def select_phrases(
         score = base + variance_weight * variance
         if orthogonality == "penalty":
             score = score - orthogonality_weight * _growth(before, overlap)
-        best = score.masked_fill(~free, -torch.inf).argmax(-1, keepdim=True)
+        # A score that overflows comes before those that are taken, which have the least number there is.
+        finite = score.clamp_min(torch.finfo(score.dtype).min)
+        best = finite.masked_fill(~free, -torch.inf).argmax(-1, keepdim=True)
         picks.append((best, score.gather(-1, best), variance.gather(-1, best)))
         free = free.scatter(-1, best, value=False)
         row = best.unsqueeze(-1).expand(*shape, 1, t.shape[-1])
