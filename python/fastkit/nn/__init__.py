@@ -1,5 +1,8 @@
 """Drop-in torch.nn modules over fastkit.ops."""
 
+# As a whole, and first: a thread that begins with a part of it, and one that begins with the whole, may
+# wait for each other.
+import fastkit.ops  # noqa: F401
 from fastkit.nn.adaptive_iir import AdaptiveIIR
 from fastkit.nn.focus_layer import FocusLayer
 from fastkit.nn.global_conv import GlobalConv
