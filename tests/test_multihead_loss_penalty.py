@@ -69,6 +69,15 @@ def test_every_number_of_heads(dtype, kind):
         run((H, 1, 5), kind, dtype, "cpu")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_head_of_any_strides(kind, impl):
+    """Where none is active, what is left of the weight has strides that say nothing."""
+    weight = noise(1, 2, 3).flip(0, 1, 2).transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    penalty = orthogonality_penalty(weight, kind=kind, active=torch.tensor([False]), impl=impl)
+    penalty.backward()
+    assert penalty == 0 and not weight.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT], ids=str)
 def test_classes_that_are_not_worked_on_together(dtype):
     """In 4 MiB there is room for one or two of these, with their slopes."""

@@ -35,7 +35,7 @@ template <class T>
 void set_common(Multihead<T>& p, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& target,
                 int64_t ignore_index) {
   const char* op = "multihead_loss";
-  FASTKIT_CHECK(x.dim() == 2 && x.is_cpu() && (x.stride(1) == 1 || x.size(1) <= 1), op,
+  FASTKIT_CHECK(x.dim() == 2 && x.is_cpu() && (x.stride(1) == 1 || x.size(1) <= 1 || x.numel() == 0), op,
                 ": x must have shape (B, D), on the CPU, where the features of a row are neighbours");
   FASTKIT_CHECK(weight.dim() == 3, op, ": weight must have shape (H, C, D)");
   p.heads = weight.size(0), p.classes = weight.size(1), p.rows = x.size(0), p.columns = x.size(1);
@@ -97,7 +97,7 @@ void multihead_loss_bwd_(const Tensor& g_loss, const Tensor& dz, const Tensor& x
 void multihead_loss_penalty_(const Tensor& rows, std::string kind, double width, const Tensor& sums,
                              const std::optional<Tensor>& gradient) {
   const char* op = "orthogonality_penalty";
-  FASTKIT_CHECK(rows.dim() == 3 && rows.is_cpu() && (rows.stride(2) == 1 || rows.size(2) <= 1), op,
+  FASTKIT_CHECK(rows.dim() == 3 && rows.is_cpu() && (rows.stride(2) == 1 || rows.size(2) <= 1 || rows.numel() == 0), op,
                 ": rows must have shape (H, C, D), on the CPU, where the features of a row are neighbours");
   dispatch(op, "rows", rows, multihead_loss_penalty_kernels(), [&]<class T>(T, const PenaltyFunctions<T>& functions) {
     PenaltyCall<T> p;
