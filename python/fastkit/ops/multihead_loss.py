@@ -85,8 +85,9 @@ def multihead_loss(
     ``linear``.
 
     Memory and work: with K active heads ``2 B K C D`` operations forward, ``4 B K C D`` backward; the logits
-    of all heads, ``4 B K C`` bytes for float32, whose gradients take their place. Where some heads are not
-    active, a copy of the active ones' weight; half precision is widened, x and weight as a whole.
+    of all heads, ``4 B K C`` bytes for float32, whose gradients take their place, and on a CPU a copy of x.
+    Where some heads are not active, a copy of the active ones' weight; half precision is widened, x and
+    weight as a whole.
 
     Source: Malkiel, Wolf, "Maximal Multiverse Learning for Promoting Cross-Task Generalization of Fine-Tuned
     Language Models", EACL 2021.
